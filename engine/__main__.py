@@ -1,0 +1,4 @@
+from step1x.engine.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""The command line: parse, call, save. Heavy imports happen inside the commands: --help is instant."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from step1x.engine.errors import InputError
+from step1x.engine.variants import DEFAULTS, VARIANTS
+
+if TYPE_CHECKING:
+    from step1x.engine.info import ModelInfo
+    from step1x.engine.layouts import Layout
+    from step1x.engine.picture import Picture
+    from step1x.engine.pipeline import Edit
+
+EXIT_CODES = "Exit codes: 0 done, 1 we failed, 2 the input or the usage was wrong, 130 interrupted."
+LARGEST_SEED = 2**63 - 1  # what a torch generator takes
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRESETS = [*VARIANTS, *DEFAULTS]
+OUTPUT_HELP = "Result: .png, .jpg, .jpeg or .webp; - is standard output (PNG).  [default: IMG-edited.png]"
+VARIANT_HELP = f"Parity preset: {', '.join(PRESETS)}.  [default: the model's]"
+DEBUG_HELP = "Show tracebacks and the libraries' logs."
+STRENGTH_HELP = "Noise added to the source, above 0; 1 is all of it.  [default: start from noise]"
+
+
+@dataclass(kw_only=True, slots=True)
+class Session:
+    """One run of the program."""
+
+    debug: bool = False
+
+
+class Program(click.Group):
+    """The one place where an error becomes a line on stderr and an exit code."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        session = Session()
+        try:
+            with _undisturbed():
+                result = super().main(*args, **{**extra, "standalone_mode": False, "obj": session})
+            code = result if isinstance(result, int) else 0
+        except click.Abort as error:  # click says Abort for Ctrl-C, but for a library's EOFError too
+            torn = isinstance(error.__cause__, EOFError)
+            code = _fail("EOFError: a file ended early", 1, session) if torn else _fail("interrupted", 130)
+        except KeyboardInterrupt:
+            code = _fail("interrupted", 130)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            code = 2
+        except click.ClickException as error:
+            code = _fail(_usage(error), 2)
+        except InputError as error:
+            code = _fail(str(error), 2, session)
+        except Exception as error:
+            hint = "" if session.debug else " (--debug shows where)"
+            code = _fail(f"{_words(error)}{hint}", 1, session)
+        sys.exit(code)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep libraries' warnings and logs out of our lines, but take a picture bomb's warning for an error."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # By message: naming Pillow's class imports Pillow, which warns while decoding some GIF and TIFF files.
+        warnings.filterwarnings("error", message=".*decompression bomb")
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def _fail(message: str, code: int, session: Session | None = None) -> int:
+    """Say `message` on one line of stderr, whatever is in it; with --debug, the traceback before it."""
+    if session and session.debug:
+        traceback.print_exc()
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message.strip())
+    click.echo(f"error: {line}", err=True)
+    return code
+
+
+def _usage(error: click.ClickException) -> str:
+    text = " ".join(error.format_message().split()).removesuffix(".")
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return text[:1].lower() + text[1:] + (f"; see {context.command_path} --help" if context else "")
+
+
+def _words(error: Exception) -> str:
+    """What happened, for an error that is ours or the machine's."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror.lower()}" + (f": {error.filename!r}" if error.filename else "")
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+class Finite(click.FloatRange):
+    """A range that NaN is not in either (every comparison with NaN is false)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+class DeviceName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
+    """auto, cpu, cuda, cuda:N or mps; whether it is there is for torch to say."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        kind, colon, index = str(value).partition(":")
+        if kind in DEVICES and (not colon or (kind == "cuda" and index.isascii() and index.isdigit())):
+            return value
+        self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:N, mps", param, ctx)
+
+
+def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.find_root().obj.debug = True
+        logging.disable(logging.NOTSET)
+
+
+def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--debug: show what we keep quiet about."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_debug,
+        help=DEBUG_HELP,
+    )(command)
+
+
+@click.group(cls=Program, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="step1x-engine", message="%(package)s %(version)s")
+def program() -> None:
+    """Edit pictures by instruction with Step1X-Edit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """The words of one edit command."""
+
+    img: str
+    instruction: str
+    output: str | None
+    model: str | None
+    variant: str | None
+    profile: str | None
+    steps: int | None
+    guidance: float | None
+    size: int | None
+    seed: int | None
+    negative_prompt: str
+    strength: float | None
+    device: str | None
+    force: bool
+    no_metadata: bool
+    as_json: bool
+    quiet: bool
+
+    def __post_init__(self) -> None:
+        if not self.instruction.strip():
+            raise InputError("the instruction is empty; say what to change")
+        for what, text in (("instruction", self.instruction), ("negative prompt", self.negative_prompt)):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"the {what} is not UTF-8 text")
+        if self.img == "-" and self.output is None:
+            raise InputError("a picture from standard input has no name; give -o FILE, or -o - for standard output")
+        if self.output == "-" and self.as_json:
+            raise InputError("-o - and --json both write to standard output; choose one")
+
+    @property
+    def target(self) -> str:
+        """Where the result goes; "-" is standard output."""
+        if self.output is not None:
+            return self.output
+        source = Path(self.img)
+        return str(source.with_name(f"{source.stem}-edited.png"))
+
+
+@program.command(epilog=EXIT_CODES)
+@click.argument("img", metavar="IMG")
+@click.argument("instruction")
+@click.option("-o", "--output", metavar="FILE", help=OUTPUT_HELP)
+@click.option("--model", metavar="MODEL", help="Folder of weights or Hub id ORG/NAME.  [default: bundled]")
+@click.option("--variant", type=click.Choice(PRESETS), metavar="NAME", help=VARIANT_HELP)
+@click.option("--profile", metavar="NAME", help="Profile or .toml file.  [default: bf16-80gb on CUDA, else cpu]")
+@click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Denoising steps.  [default: the model's]")
+@click.option("--guidance", type=Finite(0, 1000), metavar="X", help="Guidance, 1 is none.  [default: the model's]")
+@click.option("--size", type=click.IntRange(16, 8192), metavar="N", help="Size level.  [default: the model's]")
+@click.option("--seed", type=click.IntRange(0, LARGEST_SEED), metavar="N", help="Noise seed.  [default: random]")
+@click.option("--negative-prompt", metavar="TEXT", default="", help="What to steer away from.")
+@click.option("--strength", type=Finite(0, 1, min_open=True), metavar="X", help=STRENGTH_HELP)
+@click.option("--device", type=DeviceName(), metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--force", is_flag=True, help="Replace an existing result.")
+@click.option("--no-metadata", is_flag=True, help="Leave instruction, seed and settings out of the PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result's path, seed and timings as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+@debug_option
+def edit(**words: Any) -> None:
+    """Change the picture IMG as INSTRUCTION says.
+
+    IMG is a PNG, JPEG, WebP, BMP, TIFF or GIF file, or - for standard input. The path of the result goes to
+    standard output, all else to standard error.
+    """
+    job = Job(**words)
+    picture = _check(job)
+    started = time.monotonic()
+    result = _run(job, picture)
+    _report(job, result, time.monotonic() - started)
+
+
+def _check(job: Job) -> "Picture":
+    """The opened source, after everything that can be refused without a model has been."""
+    from step1x.engine.picture import check_target, keeps_alpha, open_picture
+
+    if job.profile is not None:
+        _check_profile(job.profile)
+    if job.output == "-" and (sys.stdout is None or sys.stdout.isatty()):
+        raise InputError("standard output is a terminal or closed; redirect it to a file, or give -o FILE")
+    if job.img == "-" and (sys.stdin is None or sys.stdin.isatty()):
+        raise InputError("standard input is a terminal or closed; pipe a picture into it")
+    picture = open_picture(sys.stdin.buffer if job.img == "-" else job.img)
+    check_target(job.target, source=None if job.img == "-" else job.img, overwrite=job.force)
+    if picture.alpha is not None and not keeps_alpha(job.target):
+        click.echo("note: JPEG has no transparency; the result is on white", err=True)
+    return picture
+
+
+def _check_profile(name: str) -> None:
+    from step1x.profiles import load_profile
+
+    try:
+        load_profile(name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _run(job: Job, picture: "Picture") -> "Edit":
+    """Load the model, edit, save."""
+    from step1x.engine.progress import Progress, terminal
+
+    with Progress(terminal(job.quiet)) as progress:
+        progress.stage("load")
+        from step1x.engine.picture import save_picture
+        from step1x.engine.pipeline import Engine
+
+        engine = Engine.load(job.model, profile=job.profile, device=job.device, variant=job.variant)
+        result = engine.edit(
+            picture,
+            job.instruction,
+            negative_prompt=job.negative_prompt,
+            steps=job.steps,
+            guidance=job.guidance,
+            size=job.size,
+            seed=job.seed,
+            strength=job.strength,
+            on_step=progress.step,
+            on_stage=progress.stage,
+        )
+        progress.stage("save")
+        metadata = {} if job.no_metadata else result.metadata
+        save_picture(result.image, job.target, metadata, overwrite=job.force)
+    return result
+
+
+def _report(job: Job, result: "Edit", seconds: float) -> None:
+    """The path or JSON on stdout, a summary for people on stderr."""
+    if job.as_json:
+        width, height = result.image.size
+        facts = {"output": job.target, "width": width, "height": height, "seed": result.seed}
+        click.echo(json.dumps({**facts, "timings": result.timings, "metadata": result.metadata}))
+    elif job.target != "-":
+        _echo_path(job.target)
+    if not job.quiet:
+        click.echo(f"edited in {seconds:.1f} s, seed {result.seed}", err=True)
+
+
+@program.command(epilog=EXIT_CODES)
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@debug_option
+def info(model: str | None, as_json: bool) -> None:
+    """Say what MODEL is.
+
+    Version, sizes, parameters of each part and the memory they need, from the headers of its files. MODEL is
+    a folder of either layout or a Hub id; without it, the bundled checkpoint.
+    """
+    from step1x.engine.info import describe
+
+    found = describe(model)
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else _listing(found))
+
+
+def _listing(found: "ModelInfo") -> str:
+    """A model's facts for people, one a line."""
+    lines = [f"{found.name}: {found.version}, {found.layout} layout, preset {found.preset}"]
+    for part in found.components:
+        stored = ", ".join(f"{dtype} {count:,}" for dtype, count in part.dtypes.items())
+        lines.append(f"{part.name}: {part.parameters:,} parameters, {part.memory_bytes / 1e9:.2f} GB in memory")
+        lines += [f"  {name} {count:,}" for name, count in part.parts.items()]
+        lines.append(f"  on disk {part.disk_bytes / 1e9:.2f} GB ({stored})")
+        lines += [f"  {name} {value}" for name, value in found.sizes.get(part.name, {}).items()]
+    lines += [f"{name}: not there" for name in found.absent]
+    lines.append(f"all: {found.memory_bytes / 1e9:.2f} GB of weights in memory")
+    return "\n".join(lines)
+
+
+@program.command(epilog=EXIT_CODES)
+@click.argument("source")
+@click.argument("target")
+@click.option("--layout", type=click.Choice(["official", "diffusers"]), required=True, help="Layout to write.")
+@debug_option
+def convert(source: str, target: str, layout: "Layout") -> None:
+    """Write the model SOURCE to the folder TARGET in the layout asked for."""
+    from step1x.engine.convert import convert as write
+
+    write(source, target, layout)
+    _echo_path(target)
+
+
+@program.command(epilog=EXIT_CODES)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@debug_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine can run."""
+    from step1x.engine.doctor import examine, report, verdicts
+
+    machine = examine()
+    if as_json:
+        profiles = [dataclasses.asdict(verdict) for verdict in verdicts(machine)]
+        click.echo(json.dumps({**dataclasses.asdict(machine), "profiles": profiles}, indent=2))
+    else:
+        click.echo(report(machine))
+
+
+def _echo_path(path: str) -> None:
+    """A path on a line of its own, as bytes: a name need not be UTF-8."""
+    click.echo(os.fsencode(path))
+
+
+def main() -> NoReturn:
+    """The console script."""
+    program.main(prog_name="step1x-engine")

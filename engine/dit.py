@@ -1,0 +1,336 @@
+"""The diffusion transformer of Step1X-Edit, in plain PyTorch (model.md §3).
+
+The forward is split by what it depends on:
+
+    prepare(text)            the request: pooled vector and the connector's constant rows
+    rope(ids)                the sizes: cosines and sines of all positions
+    condition(text, t)       the step: context rows and every modulation vector
+    denoise(tokens, ...)     the latents: the 19 + 38 blocks
+
+`forward` is the four in a row. Parameter names are the official checkpoint's.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from step1x.engine.connector import Connector, ConnectorConfig, PreparedText, sinusoid, wide
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines, (batch or 1, 1, tokens, head_dim / 2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiTConfig:
+    """Sizes of the transformer; read from the checkpoint, so there are no defaults."""
+
+    in_channels: int
+    out_channels: int
+    hidden_size: int
+    heads: int
+    depth: int
+    depth_single: int
+    mlp_hidden: int
+    context_channels: int  # width of the connector's rows
+    pooled_channels: int
+    timestep_channels: int
+    rope_axes: tuple[int, ...]  # rotary channels of each position axis, together head_dim
+    rope_theta: float
+    connector: ConnectorConfig
+    text_token_mapping: bool  # v1.2
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"width {self.hidden_size} is no multiple of {self.heads} heads")
+        if sum(self.rope_axes) != self.head_dim or any(axis % 2 for axis in self.rope_axes):
+            raise ValueError(f"rope axes {self.rope_axes} must be even and add up to head_dim {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads
+
+
+def rope_tables(ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = torch.float32) -> Rope:
+    """Cosines and sines of the rotary position embedding (model.md §3.6).
+
+    ids: (batch, tokens, axes), any real positions. Returns two tensors (batch, 1, tokens, sum(axes) / 2).
+    """
+    angles = []
+    for axis, width in enumerate(axes):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
+        angles.append(ids[..., axis, None].double() * theta**-exponents)
+    angle = torch.cat(angles, dim=-1)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate adjacent channel pairs of x (batch, heads, tokens, head_dim); computed in float32 or wider."""
+    cos, sin = rope
+    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2).to(x.dtype)
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, Linear: `time_in` and `vector_in`."""
+
+    def __init__(self, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_channels, hidden_size)
+        self.out_layer = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Modulation(nn.Module):
+    """vec -> `chunks` vectors (batch, 1, chunks * width) that shift, scale and gate a block."""
+
+    def __init__(self, hidden_size: int, chunks: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(hidden_size, chunks * hidden_size)
+
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.lin(F.silu(vec))[:, None]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, fp32: bool) -> Tensor:
+    """(1 + scale) * LayerNorm(x) + shift, no affine, eps 1e-6; in x's dtype or, with `fp32`, rounded once."""
+    if not fp32:
+        return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+    normed = F.layer_norm(wide(x), x.shape[-1:], eps=1e-6)
+    return ((1 + scale) * normed + shift).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = wide(x)
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)
+        return (normed * self.scale.to(x32.dtype)).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv: (batch, tokens, 3 * width) -> normed q, normed k, v, each (batch, heads, tokens, head_dim)."""
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    """Non-causal attention with rotary positions; returns (batch, tokens, width)."""
+    out = F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v)
+    return out.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, hidden_size: int, heads: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.norm = QKNorm(hidden_size // heads)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+
+def mlp(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+class DoubleBlock(nn.Module):
+    """Text and image streams with weights of their own and one joint attention (§3.3)."""
+
+    def __init__(self, config: DiTConfig, fp32_norms: bool) -> None:
+        super().__init__()
+        width, heads = config.hidden_size, config.heads
+        self.heads = heads
+        self.fp32_norms = fp32_norms
+        self.img_mod = Modulation(width, 6)
+        self.img_attn = SelfAttention(width, heads)
+        self.img_mlp = mlp(width, config.mlp_hidden)
+        self.txt_mod = Modulation(width, 6)
+        self.txt_attn = SelfAttention(width, heads)
+        self.txt_mlp = mlp(width, config.mlp_hidden)
+
+    def condition(self, vec: Tensor) -> tuple[Tensor, Tensor]:
+        return self.img_mod(vec), self.txt_mod(vec)
+
+    def _qkv(self, x: Tensor, attn: SelfAttention, mod: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        return attn.norm(attn.qkv(modulate(x, mod[0], mod[1], self.fp32_norms)), self.heads)
+
+    def _finish(
+        self, x: Tensor, attended: Tensor, stream: tuple[nn.Module, nn.Module], mod: tuple[Tensor, ...]
+    ) -> Tensor:
+        proj, mlp_of_stream = stream
+        x = x + mod[2] * proj(attended)
+        y = mlp_of_stream(modulate(x, mod[3], mod[4], self.fp32_norms))
+        # The official code fuses only this second residual, with one rounding (§3.14).
+        return torch.addcmul(x, mod[5], y) if self.fp32_norms else x + mod[5] * y
+
+    def forward(
+        self, img: Tensor, txt: Tensor, mods: tuple[Tensor, Tensor], rope: Rope
+    ) -> tuple[Tensor, Tensor]:
+        img_mod, txt_mod = mods[0].chunk(6, dim=-1), mods[1].chunk(6, dim=-1)
+        img_qkv = self._qkv(img, self.img_attn, img_mod)
+        txt_qkv = self._qkv(txt, self.txt_attn, txt_mod)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        attended = attention(q, k, v, rope)
+        txt_out, img_out = attended.split((txt.shape[1], img.shape[1]), dim=1)
+        img = self._finish(img, img_out, (self.img_attn.proj, self.img_mlp), img_mod)
+        txt = self._finish(txt, txt_out, (self.txt_attn.proj, self.txt_mlp), txt_mod)
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel on text and image rows together (§3.4)."""
+
+    def __init__(self, config: DiTConfig, fp32_norms: bool) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.heads
+        self.split = (3 * width, config.mlp_hidden)
+        self.fp32_norms = fp32_norms
+        self.linear1 = nn.Linear(width, sum(self.split))
+        self.linear2 = nn.Linear(width + config.mlp_hidden, width)
+        self.norm = QKNorm(config.head_dim)
+        self.modulation = Modulation(width, 3)
+
+    def forward(self, x: Tensor, mod: Tensor, rope: Rope) -> Tensor:
+        shift, scale, gate = mod.chunk(3, dim=-1)
+        qkv, hidden = self.linear1(modulate(x, shift, scale, self.fp32_norms)).split(self.split, dim=-1)
+        q, k, v = self.norm(qkv, self.heads)
+        attended = attention(q, k, v, rope)
+        return x + gate * self.linear2(torch.cat((attended, F.gelu(hidden, approximate="tanh")), dim=-1))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: DiTConfig, fp32_norms: bool) -> None:
+        super().__init__()
+        self.fp32_norms = fp32_norms
+        self.linear = nn.Linear(config.hidden_size, config.out_channels)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        )
+
+    def condition(self, vec: Tensor) -> Tensor:
+        return self.adaLN_modulation(vec)[:, None]
+
+    def forward(self, x: Tensor, mod: Tensor) -> Tensor:
+        shift, scale = mod.chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale, self.fp32_norms))
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Conditioning tokens of a batch, as the text model left them.
+
+    tokens (batch, T, Q); mask (batch, T), non-zero where valid; for v1.2 also the input embeddings (batch, T, Q)
+    and the mask (batch, T) of quoted characters.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    embeds: Tensor | None = None
+    quoted: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is constant over the steps: the connector's prepared rows and the token mapping's share."""
+
+    text: PreparedText
+    mapped: Tensor | None  # (batch, T, context width), v1.2
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step needs besides the latents: context rows and all modulation vectors at its timestep."""
+
+    text: Tensor  # (batch, T, width)
+    double: list[tuple[Tensor, Tensor]]  # (image, text) modulations of each block, (batch, 1, 6 * width)
+    single: list[Tensor]  # (batch, 1, 3 * width)
+    final: Tensor  # (batch, 1, 2 * width)
+
+
+class DiT(nn.Module):
+    """Velocity of the flow at noisy tokens. `fp32_norms` follows the official autocast dtype flow (§3.14)."""
+
+    def __init__(self, config: DiTConfig, fp32_norms: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, width)
+        self.time_in = Embedder(config.timestep_channels, width)
+        self.vector_in = Embedder(config.pooled_channels, width)
+        self.txt_in = nn.Linear(config.context_channels, width)
+        self.connector = Connector(config.connector)
+        if config.text_token_mapping:
+            self.text_token_mapping = nn.Linear(config.connector.in_channels, config.context_channels)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config, fp32_norms) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(config, fp32_norms) for _ in range(config.depth_single))
+        self.final_layer = FinalLayer(config, fp32_norms)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.img_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.img_in.weight.device
+
+    def rope(self, text_ids: Tensor, image_ids: Tensor) -> Rope:
+        """Rotary tables of text rows, then image tokens. ids: (batch or 1, tokens, 3)."""
+        ids = torch.cat((text_ids, image_ids), dim=1)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return rope_tables(ids, self.config.rope_axes, self.config.rope_theta, dtype)
+
+    def prepare(self, text: Text) -> Request:
+        """Everything that depends on the text but not on the step."""
+        mapped = None
+        if self.config.text_token_mapping:
+            if text.embeds is None or text.quoted is None:
+                raise ValueError("this model maps text embeddings (v1.2): embeds and quoted are needed")
+            mapped = self.text_token_mapping(text.embeds.to(self.dtype))
+            mapped = mapped * text.quoted[:, :, None].to(mapped.dtype)
+        return Request(self.connector.prepare(text.tokens.to(self.dtype), text.mask), mapped)
+
+    def condition(self, request: Request, timestep: Tensor) -> Step:
+        """Everything that depends on the step but not on the latents. timestep: (batch,) in [0, 1]."""
+        vec = self.time_in(sinusoid(timestep * 1000, self.config.timestep_channels).to(self.dtype))
+        vec = vec + self.vector_in(request.text.pooled)
+        context = self.connector(request.text, timestep)
+        if request.mapped is not None:
+            context = context + request.mapped
+        return Step(
+            text=self.txt_in(context),
+            double=[block.condition(vec) for block in cast("Iterable[DoubleBlock]", self.double_blocks)],
+            single=[block.modulation(vec) for block in cast("Iterable[SingleBlock]", self.single_blocks)],
+            final=self.final_layer.condition(vec),
+        )
+
+    def transform(self, img: Tensor, step: Step, rope: Rope) -> Tensor:
+        """Image rows (batch, N, width) through all blocks; `img` is the output of `img_in`."""
+        txt = step.text
+        for block, mods in zip(self.double_blocks, step.double, strict=True):
+            img, txt = block(img, txt, mods, rope)
+        rows = torch.cat((txt, img), dim=1)
+        for block, mod in zip(self.single_blocks, step.single, strict=True):
+            rows = block(rows, mod, rope)
+        return rows[:, txt.shape[1] :]
+
+    def denoise(self, tokens: Tensor, step: Step, rope: Rope) -> Tensor:
+        """Velocity (batch, N, out_channels) of image tokens (batch, N, in_channels), target then reference."""
+        img = self.transform(self.img_in(tokens.to(self.dtype)), step, rope)
+        return self.final_layer(img, step.final)
+
+    def forward(self, tokens: Tensor, text: Text, timestep: Tensor, rope: Rope) -> Tensor:
+        """One whole evaluation: prepare, condition, denoise."""
+        return self.denoise(tokens, self.condition(self.prepare(text), timestep), rope)

@@ -1,0 +1,356 @@
+"""Engine: load a model once, edit many pictures with it. The stages of an edit in order, and nothing else."""
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from torch import Tensor
+
+from step1x.engine import image as pictures
+from step1x.engine.denoise import Guidance, OnStep, branches, denoise
+from step1x.engine.errors import InputError
+from step1x.engine.image import Canvas
+from step1x.engine.picture import Picture, Source, open_picture, save_picture
+from step1x.engine.pixels import attach_alpha
+from step1x.engine.schedule import timesteps
+from step1x.engine.timing import Recorder
+from step1x.engine.variants import NEGATIVE_T2I
+from step1x.engine.weights import Components, load
+from step1x.profiles import default_profile, load_profile
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from step1x.engine.text import Conditioning
+
+Posterior = Literal["sample", "mean"]
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A finished edit: the picture (RGB, or RGBA where the source had transparency) and how it came about."""
+
+    image: "Image"
+    seed: int
+    timings: dict[str, float]  # seconds per stage
+    metadata: dict[str, str | int | float]  # instruction, seed, steps, guidance, size, model, digest
+
+    def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = True) -> None:
+        """Write PNG, JPEG or WebP, whole or not at all; a PNG carries `metadata`. Raises InputError."""
+        save_picture(self.image, path, self.metadata if metadata else {}, overwrite=overwrite)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How to sample; None leaves the choice to the model's variant."""
+
+    negative_prompt: str = ""
+    steps: int | None = None
+    guidance: float | None = None  # 1 or below: none, and only one forward a step
+    size: int | None = None  # level: the edit is computed at about size x size pixels in the source's aspect
+    strength: float | None = None  # img2img: start from the noised source instead of pure noise
+    posterior: Posterior = "sample"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}")
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise InputError(f"guidance must be a finite number of at least 0, got {self.guidance}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise InputError(f"strength must be above 0 and at most 1, got {self.strength}")
+        if self.posterior not in ("sample", "mean"):
+            raise InputError(f"posterior must be 'sample' or 'mean', got {self.posterior!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Everything random about one edit, drawn on the CPU from its seed, so that devices agree (§5.2).
+
+    The posterior's noise is drawn first, then the latents', as the diffusers pipelines do.
+    """
+
+    posterior: Tensor  # (1, 16, rows, columns) float32
+    latents: Tensor
+
+    @classmethod
+    def draw(cls, seed: int, canvas: Canvas, channels: int) -> Self:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, channels, *canvas.latent_size)
+        return cls(*(torch.randn(shape, generator=generator) for _ in range(2)))
+
+
+class Engine:
+    """A loaded model. Calls share nothing but its weights, so threads may use one engine or several at a time."""
+
+    def __init__(self, components: Components) -> None:
+        self.variant = components.variant
+        self.dit = components.dit
+        self.vae = components.vae
+        self.conditioner = components.conditioner
+        self.name = components.name
+        self.digest = components.digest
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        *,
+        profile: str | Path | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> Self:
+        """Load `model`: a folder in the official or the diffusers layout, a Hub id, or None for the bundled one.
+
+        profile: device and dtypes by name or .toml file (default: bf16-80gb with CUDA, else cpu); `device` and
+        `dtype` override it. variant: a parity preset such as "official-v1.1" (default: the weights' own).
+        Raises InputError for anything wrong with the arguments or the files.
+        """
+        cuda = torch.cuda.is_available()
+        try:
+            settings = load_profile(profile or default_profile(cuda=cuda))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        place = device if device not in (None, "auto") else settings.device
+        place = ("cuda" if cuda else "cpu") if place == "auto" else place
+        chosen = dtype or getattr(torch, settings.dtype)
+        vae_dtype = dtype or getattr(torch, settings.vae_dtype)
+        return cls(
+            load(model, device=checked_device(place), dtype=chosen, vae_dtype=vae_dtype, variant=variant)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.device
+
+    def edit(
+        self,
+        source: Source,
+        instruction: str,
+        *,
+        seed: int | None = None,
+        on_step: OnStep | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: object,
+    ) -> Edit:
+        """Change a picture as the instruction says.
+
+        source: a path, the bytes of a file, a binary stream or a PIL image. Keyword options are the fields of
+        `Options`: negative_prompt, steps, guidance, size, strength, posterior. seed None draws a fresh one.
+        on_step(step, steps) is called after each denoise step, on_stage(name) as each stage begins.
+        The result has the source's size. Raises InputError for bad input.
+        """
+        return self.edit_batch(
+            [source], [instruction], seeds=[seed], on_step=on_step, on_stage=on_stage, **options
+        )[0]
+
+    def edit_batch(
+        self,
+        sources: Sequence[Source],
+        instructions: Sequence[str],
+        *,
+        seeds: Sequence[int | None] | None = None,
+        on_step: OnStep | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        **options: object,
+    ) -> list[Edit]:
+        """`edit` for several (picture, instruction) pairs in one batch; all must come out at one canvas size.
+
+        Equal to single edits up to rounding. Variants without text padding (v1.2) run the pairs one by one.
+        """
+        chosen = parsed(options)
+        drawn = [checked_seed(seed) for seed in (seeds or [None] * len(sources))]
+        if not sources or not len(sources) == len(instructions) == len(drawn):
+            raise InputError(
+                f"need as many sources as instructions and seeds, at least one: got {len(sources)} sources, "
+                f"{len(instructions)} instructions, {len(drawn)} seeds"
+            )
+        if not self.variant.pad_text and len(sources) > 1:
+            return [
+                self.edit(source, words, seed=seed, on_step=on_step, on_stage=on_stage, **options)
+                for source, words, seed in zip(sources, instructions, drawn, strict=True)
+            ]
+        recorder = Recorder(self.device, on_stage)
+        with recorder.stage("preprocess"):
+            opened = [open_picture(source) for source in sources]
+            canvas = self._canvas(opened, chosen.size)
+        made = self._sample(opened, list(instructions), drawn, canvas, chosen, recorder, on_step)
+        with recorder.stage("postprocess"):
+            images = [self._finished(pixels, source) for pixels, source in zip(made, opened, strict=True)]
+        facts = [self._metadata(words, seed, chosen) for words, seed in zip(instructions, drawn, strict=True)]
+        return [
+            Edit(image, seed, dict(recorder.seconds), fact)
+            for image, seed, fact in zip(images, drawn, facts, strict=True)
+        ]
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        width: int = 1024,
+        height: int = 1024,
+        seed: int | None = None,
+        on_step: OnStep | None = None,
+        **options: object,
+    ) -> Edit:
+        """Text to image (v1.1 and later, §1.8); sides are multiples of 16.
+
+        The negative prompt defaults to the released one. Raises InputError for v1.0 weights and bad sizes.
+        """
+        if self.variant.version == "v1.0":
+            raise InputError("text to image needs a v1.1 or later model; this one is v1.0")
+        chosen = parsed({"negative_prompt": NEGATIVE_T2I, **options})
+        drawn = checked_seed(seed)
+        recorder = Recorder(self.device)
+        canvas = Canvas(width, height)
+        made = self._sample(None, [prompt], [drawn], canvas, chosen, recorder, on_step)
+        with recorder.stage("postprocess"):
+            image = pictures.to_image(made[0], self.variant.truncate_output)
+        return Edit(image, drawn, dict(recorder.seconds), self._metadata(prompt, drawn, chosen))
+
+    def _canvas(self, opened: Sequence[Picture], size: int | None) -> Canvas:
+        level = self.variant.size if size is None else size
+        canvases = {Canvas(*pictures.fit(*picture.rgb.size, level)) for picture in opened}
+        if len(canvases) > 1:
+            sizes = ", ".join(sorted(f"{canvas.width}x{canvas.height}" for canvas in canvases))
+            raise InputError(f"pictures of one batch must come out at one size, these at {sizes}")
+        return canvases.pop()
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        opened: Sequence[Picture] | None,
+        instructions: list[str],
+        seeds: list[int],
+        canvas: Canvas,
+        options: Options,
+        recorder: Recorder,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """Decoded pictures (batch, 3, height, width), nominally in [-1, 1]; `opened` None is text to image."""
+        steps = self.variant.steps if options.steps is None else options.steps
+        scale = self.variant.guidance if options.guidance is None else options.guidance
+        guided = scale > 1
+        channels = self.vae.config.z_channels
+        noise = [Noise.draw(seed, canvas, channels) for seed in seeds]
+        with recorder.stage("encode_text"):
+            groups = self._conditionings(
+                opened, instructions, options.negative_prompt if guided else None, canvas
+            )
+        with recorder.stage("encode_image"):
+            latents = None if opened is None else self._encode(opened, canvas, noise, options.posterior)
+        with recorder.stage("prepare"):
+            state = torch.cat([one.latents for one in noise]).to(self.device, self.dit.dtype)
+            schedule = timesteps(steps, canvas.tokens, options.strength if latents is not None else None)
+            if options.strength is not None and latents is not None:
+                state = schedule[0].item() * state + (1 - schedule[0].item()) * latents
+            reference = None if latents is None else pictures.pack(latents)
+            ids = pictures.image_ids(canvas.grid, None if latents is None else self.variant.reference_ids)
+            forwards = branches(self.dit, groups, ids, self.variant.batched_guidance)
+            guidance = Guidance(scale, self.variant.rescale_above) if guided else None
+        with recorder.stage("denoise"):
+            tokens = denoise(
+                self.dit,
+                forwards,
+                (pictures.pack(state), reference),
+                schedule,
+                guidance,
+                self.variant,
+                on_step,
+            )
+        with recorder.stage("decode"):
+            return self.vae.decode(pictures.unpack(tokens, canvas.grid).float())
+
+    def _conditionings(
+        self,
+        opened: Sequence[Picture] | None,
+        instructions: list[str],
+        negative: str | None,
+        canvas: Canvas,
+    ) -> "list[list[Conditioning]]":
+        """Encoded instructions, and after them the negative prompts unless `negative` is None."""
+        groups: list[list[Conditioning]] = [[] for _ in range(1 if negative is None else 2)]
+        for index, words in enumerate(instructions):
+            shown = None
+            if opened is not None:
+                shown = pictures.resized(opened[index].rgb, canvas, self.variant.resize)
+            prompts = [words] if negative is None else [words, negative]
+            for group, one in zip(groups, self.conditioner.encode(shown, prompts), strict=True):
+                group.append(one)
+        return groups
+
+    def _encode(
+        self, opened: Sequence[Picture], canvas: Canvas, noise: Sequence[Noise], posterior: Posterior
+    ) -> Tensor:
+        """Reference latents (batch, 16, rows, columns) in the transformer's dtype."""
+        pixels = torch.cat([pictures.pixels(picture.rgb, canvas, self.variant.resize) for picture in opened])
+        drawn = torch.cat([one.posterior for one in noise]).to(self.device) if posterior == "sample" else None
+        latents = self.vae.encode(pixels.to(self.device), drawn, clamp_logvar=self.variant.clamp_logvar)
+        return latents.to(self.dit.dtype)
+
+    def _finished(self, pixels: Tensor, source: Picture) -> "Image":
+        """The edited picture at the source's size, with the source's transparency."""
+        from PIL.Image import Resampling
+
+        image = pictures.to_image(pixels, self.variant.truncate_output)
+        if image.size != source.rgb.size:
+            image = image.resize(source.rgb.size, Resampling.BICUBIC)
+        return image if source.alpha is None else attach_alpha(image, source.alpha)
+
+    def _metadata(self, instruction: str, seed: int, options: Options) -> dict[str, str | int | float]:
+        variant = self.variant
+        facts: dict[str, str | int | float] = {
+            "instruction": instruction,
+            "negative_prompt": options.negative_prompt,
+            "seed": seed,
+            "steps": variant.steps if options.steps is None else options.steps,
+            "guidance": variant.guidance if options.guidance is None else options.guidance,
+            "size": variant.size if options.size is None else options.size,
+            "model": self.name,
+            "model_digest": self.digest,
+            "variant": variant.name,
+        }
+        return facts if options.strength is None else {**facts, "strength": options.strength}
+
+
+def parsed(options: dict[str, object]) -> Options:
+    """Keyword options as `Options`. Raises InputError for a name that is none of its fields."""
+    unknown = sorted(set(options) - set(Options.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(Options.__dataclass_fields__)
+        raise InputError(f"unknown option {', '.join(unknown)}; known: {known}")
+    return Options(**options)  # type: ignore[arg-type]
+
+
+def checked_seed(seed: int | None) -> int:
+    """`seed`, or a fresh 32-bit one for None. Raises InputError outside 0..2^63-1."""
+    if seed is None:
+        return secrets.randbits(32)
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed must be between 0 and {MAX_SEED}, got {seed}")
+    return seed
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of that name. Raises InputError if this machine has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"device {name!r} cannot be used here: {reason}") from error
+    return device
+
+
+def edit(source: Source, instruction: str, *, model: str | Path | None = None, profile: str | Path | None = None,
+         device: str | None = None, **options: object) -> Edit:  # fmt: skip
+    """Load a model (default: the bundled one) and edit one picture; options as in `Engine.edit`.
+
+    Whoever edits more than one picture keeps an `Engine`.
+    """
+    return Engine.load(model, profile=profile, device=device).edit(source, instruction, **options)  # type: ignore[arg-type]

@@ -1,0 +1,191 @@
+"""Picture and instruction -> the tokens that condition the DiT: Qwen2.5-VL and its cut (model.md §1).
+
+`Conditioner.encode` is all the engine calls, so that a cache can stand in for it. The language model's
+head is never built; the vision tower runs once for all instructions about one picture.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step1x.engine.dit import Text
+from step1x.engine.errors import InputError
+from step1x.engine.qwen import load_image_processor, load_model, load_tokenizer, read_config
+from step1x.engine.text_ids import Grid, rope_positions, signed_ids
+from step1x.engine.tokens import Tokens
+from step1x.engine.variants import Variant
+from step1x.engine.vision_size import pre_size, processor_size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLModel, Qwen2VLImageProcessorPil
+
+T2I_SIZE = (1024, 1024)  # §1.8: for text to image the model is shown a black picture
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """One encoded instruction: its text rows (batch 1, T of them) and their RoPE ids (1, T, 3), float32."""
+
+    text: Text
+    ids: Tensor
+
+
+class Conditioner:
+    """Encodes instructions about a picture with Qwen2.5-VL, the way one variant of Step1X-Edit does."""
+
+    def __init__(
+        self,
+        model: "Qwen2_5_VLModel",
+        tokenizer: "PreTrainedTokenizerFast",
+        image_processor: "Qwen2VLImageProcessorPil",
+        variant: Variant,
+        *,
+        fix_quotes: bool = False,
+    ) -> None:
+        """The model is the one without a head; it is used on the device and in the dtype it has at each call.
+
+        fix_quotes: no apostrophe and no lone quote opens a quotation (v1.0, v1.1; off reproduces them).
+        Raises InputError if the tokenizer does not fit the variant.
+        """
+        self.model = model
+        self.tokens = Tokens(tokenizer, variant, fix_quotes=fix_quotes)
+        self._image_processor = image_processor
+        self._variant = variant
+
+    def tokenise(self, instruction: str, image_tokens: int) -> list[int]:
+        """Ids of the whole chat string, template included, before anything is cut."""
+        return self.tokens.tokenise(instruction, image_tokens).ids
+
+    @torch.no_grad()
+    def encode(self, image: "Image | None", prompts: Sequence[str]) -> list[Conditioning]:
+        """One `Conditioning` per prompt, each encoded on its own (§1.6).
+
+        image: the level-resized RGB picture; None shows the black one of text to image. Text rows are
+        (1, T, width of the model) in the model's dtype, T = text_tokens where the variant pads. Raises
+        InputError for an instruction or a picture the model cannot take.
+        """
+        if image is None:
+            image = black_picture()
+        features, grid = self._see(image)
+        return [self._read(prompt, features, grid) for prompt in prompts]
+
+    def _see(self, image: "Image") -> tuple[Tensor, Grid]:
+        """The vision tower's output (rows * columns, width) for a picture (§1.5)."""
+        patches, grid = self.patches(image)
+        merge = self.model.config.vision_config.spatial_merge_size
+        shape = torch.tensor([[1, grid.rows * merge, grid.columns * merge]], device=self.model.device)
+        features = self.model.visual(patches.to(self.model.device), grid_thw=shape).pooler_output
+        return features, grid
+
+    def patches(self, image: "Image") -> tuple[Tensor, Grid]:
+        """A picture as rows (patches, 3 * 2 * patch * patch) float32 in the order of §1.5, and its grid.
+
+        Raises InputError for one side over 200 times the other.
+        """
+        from PIL.Image import Resampling
+
+        variant = self._variant
+        vision = self.model.config.vision_config
+        factor = vision.patch_size * vision.spatial_merge_size
+        picture = image
+        if variant.pre_resize:
+            picture = image.resize(pre_size(*image.size, factor), Resampling.BICUBIC)
+        width, height = processor_size(*picture.size, factor, variant.min_pixels, variant.max_pixels)
+        pixels = self._image_processor(
+            images=[picture],
+            min_pixels=variant.min_pixels,
+            max_pixels=variant.max_pixels,
+            return_tensors="pt",
+        )["pixel_values"]
+        grid = Grid(height // factor, width // factor, factor, *image.size)
+        return pixels, grid
+
+    def _read(self, prompt: str, features: Tensor, grid: Grid) -> Conditioning:
+        variant = self._variant
+        tokens = self.tokens.tokenise(prompt, grid.rows * grid.columns)
+        # Attention is causal: what lies behind the last kept row cannot reach it, so it is not computed.
+        kept = slice(variant.template_tokens, variant.template_tokens + variant.text_tokens)
+        ids = torch.tensor(tokens.ids[: kept.stop], device=self.model.device)
+        is_picture = ids == self.tokens.image_pad
+        embeds = self.model.language_model.embed_tokens(ids)
+        embeds[is_picture] = features[: int(is_picture.sum())].to(embeds.dtype)
+        positions = rope_positions(ids, self.tokens.image_pad, grid)
+        hidden = self._language(ids, embeds, positions)
+
+        rows = hidden[kept]
+        placed = torch.zeros(len(rows), 3, device=rows.device)
+        if variant.signed_text_ids:
+            placed = signed_ids(positions[:, kept], is_picture[kept], grid)
+        text = Text(tokens=rows[None], mask=torch.ones(1, len(rows), dtype=torch.long, device=rows.device))
+        if variant.quote_rule == "pairs":
+            quoted = torch.tensor([tokens.quoted[kept]], dtype=torch.long, device=rows.device)
+            text = Text(tokens=text.tokens, mask=text.mask, embeds=embeds[None, kept], quoted=quoted)
+        conditioning = Conditioning(text=text, ids=placed[None])
+        return padded(conditioning, variant.text_tokens) if variant.pad_text else conditioning
+
+    def _language(self, ids: Tensor, embeds: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states (T, width) after the final norm."""
+        # §1.4: v1.0 and v1.1 mask what has id 0 (`!`); v1.2 uses that mask for the positions only.
+        mask = (ids > 0).long()[None] if self._variant.quote_rule == "toggle" else None
+        hidden = self.model.language_model(
+            inputs_embeds=embeds[None], attention_mask=mask, position_ids=positions[:, None], use_cache=False
+        ).last_hidden_state
+        return hidden[0]
+
+
+def load_conditioner(
+    text_encoder: Path,
+    processor: Path,
+    variant: Variant,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    *,
+    fix_quotes: bool = False,
+) -> Conditioner:
+    """A conditioner from files: the model in `text_encoder`, tokenizer and picture processor in `processor`.
+
+    The two are one folder in the official layout. Raises InputError naming a file that is missing or wrong.
+    """
+    config = read_config(text_encoder / "config.json")
+    tokenizer = load_tokenizer(processor)
+    image_processor = load_image_processor(processor, config)
+    rows = config.text_config.vocab_size
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"{processor}: the tokenizer has {len(tokenizer)} tokens, "
+            f"the text model in {text_encoder} only {rows}"
+        )
+    model = load_model(text_encoder, device, dtype)  # last: it takes the longest
+    return Conditioner(model, tokenizer, image_processor, variant, fix_quotes=fix_quotes)
+
+
+def black_picture() -> "Image":
+    """What the text model is shown where there is no picture (§1.8)."""
+    from PIL import Image
+
+    return Image.new("RGB", T2I_SIZE)
+
+
+def padded(conditioning: Conditioning, length: int) -> Conditioning:
+    """The same rows followed by zeros up to `length`; the mask is zero there (§1.6)."""
+    text = conditioning.text
+    missing = length - text.tokens.shape[1]
+
+    def longer(rows: Tensor) -> Tensor:
+        return F.pad(rows, (0, 0, 0, missing)) if rows.ndim == 3 else F.pad(rows, (0, missing))
+
+    return Conditioning(
+        text=Text(
+            tokens=longer(text.tokens),
+            mask=longer(text.mask),
+            embeds=None if text.embeds is None else longer(text.embeds),
+            quoted=None if text.quoted is None else longer(text.quoted),
+        ),
+        ids=longer(conditioning.ids),
+    )

@@ -1,0 +1,162 @@
+"""The bundled checkpoint `step1x-tiny` as data: sizes, wording, schedule. Everything specific to it is here."""
+
+from dataclasses import dataclass, replace
+
+from step1x.engine.connector import ConnectorConfig
+from step1x.engine.dit import DiTConfig
+from step1x.engine.vae import VAEConfig
+from step1x.engine.variants import DIFFUSERS_V11, Variant
+
+PATCH_PIXELS = 28  # pixels on a side of one token of the text model's picture
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One stretch of the transformer's training: canvases (width, height) of one batch size, and its share of time."""
+
+    canvases: tuple[tuple[int, int], ...]
+    batch: int
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Sizes and schedule of one training run; `hours` scales all stages."""
+
+    name: str
+    vae: VAEConfig
+    dit: DiTConfig
+    text: dict[str, int]  # keywords of tokenizer.small_text_model
+    vocabulary: int
+    variant: Variant
+    # autoencoder
+    vae_share: float  # of the time
+    chain_steps: int
+    vae_batch: int
+    vae_crops: tuple[int, ...]
+    vae_lr: float
+    # transformer, connector and text model
+    stages: tuple[Stage, ...]
+    lr: float
+    weight_decay: float
+    ema: float
+    shift: float
+    drop_instruction: float
+    local_weight: float  # how much oftener a local family is drawn
+    scenes: float  # share of procedural pictures
+    pool: int  # encoded pairs kept per canvas
+    refresh: float  # share of a batch that is newly encoded each step
+
+
+def dit_config(width: int, double: int, single: int, text_width: int) -> DiTConfig:
+    return DiTConfig(
+        in_channels=64,
+        out_channels=64,
+        hidden_size=width,
+        heads=width // 32,
+        depth=double,
+        depth_single=single,
+        mlp_hidden=4 * width,
+        context_channels=128,
+        pooled_channels=128,
+        timestep_channels=256,
+        rope_axes=(8, 12, 12),
+        rope_theta=10000.0,
+        connector=ConnectorConfig(
+            in_channels=text_width,
+            hidden_size=128,
+            heads=4,
+            depth=2,
+            mlp_hidden=512,
+            timestep_channels=256,
+            pooled_channels=128,
+            has_scale_factor=False,
+        ),
+        text_token_mapping=False,
+    )
+
+
+# Weights in the v1.1 diffusers layout; what a small model needs otherwise is overridden, and stored beside it.
+TINY_VARIANT = DIFFUSERS_V11.override(
+    {
+        "text_tokens": 48,
+        "min_pixels": 4 * PATCH_PIXELS**2,
+        "max_pixels": 4 * PATCH_PIXELS**2,
+        "pre_resize": False,
+        "size": 256,
+        "steps": 28,
+        "guidance": 2.0,
+    }
+)
+
+CPU = Recipe(
+    name="cpu",
+    vae=VAEConfig(
+        in_channels=3,
+        channels=(24, 32, 64, 96),
+        res_blocks=1,
+        z_channels=16,
+        groups=4,
+        scale_factor=1.0,
+        shift_factor=0.0,
+    ),
+    dit=dit_config(192, 3, 4, 128),
+    text={
+        "hidden": 128,
+        "layers": 3,
+        "heads": 4,
+        "kv_heads": 2,
+        "intermediate": 256,
+        "vision_hidden": 64,
+        "vision_depth": 2,
+        "vision_heads": 2,
+        "vision_intermediate": 128,
+    },
+    vocabulary=2000,
+    variant=TINY_VARIANT,
+    vae_share=0.2,
+    chain_steps=600,
+    vae_batch=16,
+    vae_crops=(64,),
+    vae_lr=4e-4,
+    stages=(
+        Stage(canvases=((128, 128),), batch=16, share=0.72),
+        Stage(canvases=((256, 256), (128, 128), (288, 224), (224, 288), (192, 192)), batch=8, share=0.28),
+    ),
+    lr=1.2e-3,
+    weight_decay=0.01,
+    ema=0.998,
+    shift=2.0,
+    drop_instruction=0.1,
+    local_weight=2.0,
+    scenes=0.15,
+    pool=384,
+    refresh=0.3,
+)
+
+# Ten minutes of one data-centre GPU: a wider network, larger batches, more of the 256 level.
+GPU = replace(
+    CPU,
+    name="gpu",
+    vae=VAEConfig(
+        in_channels=3,
+        channels=(32, 64, 96, 128),
+        res_blocks=2,
+        z_channels=16,
+        groups=4,
+        scale_factor=1.0,
+        shift_factor=0.0,
+    ),
+    dit=dit_config(256, 4, 6, 128),
+    vae_share=0.3,
+    vae_batch=32,
+    vae_crops=(64, 128),
+    stages=(
+        Stage(canvases=((128, 128), (144, 112), (112, 144)), batch=128, share=0.6),
+        Stage(canvases=((256, 256), (128, 128), (288, 224), (224, 288), (192, 192)), batch=48, share=0.4),
+    ),
+    pool=2048,
+    refresh=0.15,
+)
+
+RECIPES = {"cpu": CPU, "gpu": GPU}

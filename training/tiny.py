@@ -1,0 +1,355 @@
+"""Training of the bundled checkpoint: tokenizer, autoencoder, then transformer, connector and text model together.
+
+Both stages are timed, not counted: the learning rate follows the share of the time that is gone, so a run of H hours
+ends after H hours on any machine. A killed run goes on from its last state with the same command.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from step1x.engine.dit import DiT, DoubleBlock, SingleBlock
+from step1x.engine.qwen import load_tokenizer
+from step1x.engine.text import Conditioner
+from step1x.engine.vae import VAE
+from step1x.engine.variants import PREFIX_V1
+from step1x.engine.weights import load
+from step1x.training import autoencoder, state
+from step1x.training.conditioning import TextSide
+from step1x.training.edits import FAMILIES, all_wordings, sample
+from step1x.training.flow import flow_loss, times
+from step1x.training.pairs import Pool, as_tensor
+from step1x.training.pictures import Photographs, picture
+from step1x.training.recipe import Recipe
+from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
+
+SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Where, on what and how long."""
+
+    recipe: Recipe
+    photos: Path
+    folder: Path  # states of the run
+    hours: float
+    device: torch.device
+    seed: int = 0
+    init: Path | None = None  # a model folder to start from; its autoencoder is kept as it is
+
+    def __post_init__(self) -> None:
+        if not self.hours > 0:
+            raise ValueError(f"hours must be above 0, got {self.hours}")
+
+
+class Clock:
+    """Time used by one stage of a run, across restarts, and the learning-rate factor that follows from it."""
+
+    def __init__(self, budget: float, used: float = 0.0) -> None:
+        self.budget = budget
+        self.start = time.monotonic() - used
+
+    @property
+    def used(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def done(self) -> float:
+        return min(1.0, self.used / self.budget)
+
+    def factor(self, step: int, warmup: int) -> float:
+        """Linear warm-up over steps, then a cosine to 2 % over the time."""
+        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.done)))
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[figure]}"),
+        TimeRemainingColumn(),
+    )
+
+
+def random_state(seed: int, steps: int) -> np.random.Generator:
+    """Data of a resumed run is drawn from a stream of its own, determined by seed and step."""
+    return np.random.default_rng((seed, steps))
+
+
+def new_text(recipe: Recipe, seed: int) -> TextSide:
+    """The random small text model with its tokenizer, and the variant with the cut that fits its template."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    torch.manual_seed(seed)
+    texts = [PREFIX_V1, "You are a helpful assistant.", "Picture 1: user assistant system", *all_wordings()]
+    tokenizer = train_tokenizer(texts * 4, recipe.vocabulary)
+    variant = recipe.variant.override(
+        {"template_tokens": count_template_tokens(tokenizer, recipe.variant.prefix)}
+    )
+    model = small_text_model(tokenizer, **recipe.text)
+    processor = Qwen2VLImageProcessorPil(
+        min_pixels=variant.min_pixels, max_pixels=variant.max_pixels, patch_size=14, merge_size=2
+    )
+    return TextSide(Conditioner(model, tokenizer, processor, variant), tokenizer, variant)
+
+
+def new_editor(run: Run) -> "Editor":
+    """Fresh networks by the recipe, or those of the folder to start from."""
+    if run.init is None:
+        text = new_text(run.recipe, run.seed)
+        dit = DiT(run.recipe.dit, fp32_norms=text.variant.dtype_flow != "pure")
+        init_dit(dit)
+        return Editor(dit, text).to(run.device)
+    loaded = load(run.init, device=run.device, dtype=torch.float32)
+    tokenizer = load_tokenizer(run.init / "processor")
+    editor = Editor(loaded.dit, TextSide(loaded.conditioner, tokenizer, loaded.variant))
+    return editor.requires_grad_(True).train()
+
+
+def init_dit(dit: DiT) -> None:
+    """Truncated-normal weights; gates, modulations and the output start at zero, so every block starts as identity."""
+    for module in dit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+    silent = [dit.final_layer.linear, dit.final_layer.adaLN_modulation[1]]
+    for block in (*dit.double_blocks, *dit.single_blocks):
+        if isinstance(block, DoubleBlock):
+            silent += [block.img_mod.lin, block.txt_mod.lin]
+        elif isinstance(block, SingleBlock):
+            silent.append(block.modulation.lin)
+    for layer in silent:
+        nn.init.zeros_(layer.weight)
+
+
+def crops(run: Run, photographs: Photographs, batch: int) -> Iterator[Tensor]:
+    """Endless batches of pictures in [-1, 1], a third of them edited."""
+    random, recipe = np.random.default_rng(run.seed), run.recipe
+    while True:
+        side = recipe.vae_crops[int(random.integers(len(recipe.vae_crops)))]
+        made = [picture(photographs, random, side, side, recipe.scenes) for _ in range(batch)]
+        edited = [random.random() < 1 / 3 for _ in made]
+        names = [FAMILIES[int(random.integers(len(FAMILIES)))] for _ in made]
+        made = [
+            sample(name, one, random).target if edit else one
+            for one, edit, name in zip(made, edited, names, strict=True)
+        ]
+        yield as_tensor(made).to(run.device)
+
+
+def train_autoencoder(run: Run, photographs: Photographs) -> VAE:
+    """Stage one; returns the averaged, whitened autoencoder in eval mode."""
+    torch.manual_seed(run.seed)
+    if run.init is not None:
+        return load(run.init, device=run.device, dtype=torch.float32).vae
+    recipe, path = run.recipe, run.folder / "autoencoder.pt"
+    vae = VAE(recipe.vae).to(run.device)
+    saved = state.load(path, run.device)
+    if saved and saved["finished"]:
+        vae.load_state_dict(saved["ema"])
+        return vae.eval()
+    batches = crops(run, photographs, recipe.vae_batch)
+    clock = Clock(run.hours * 3600 * recipe.vae_share)
+    if not saved:
+        autoencoder.start_linear(vae, batches, recipe.chain_steps)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    average = state.Average(vae, recipe.ema)
+    step = 0
+    if saved:
+        vae.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.values, average.steps, step = saved["ema"], saved["step"], saved["step"]
+        clock = Clock(clock.budget, saved["used"])
+    last = time.monotonic()
+    with progress() as bar:
+        task = bar.add_task("autoencoder", total=1.0, figure="")
+        while clock.done < 1:
+            set_rate(optimizer, recipe.vae_lr * clock.factor(step, 50))
+            loss, error = autoencoder.loss(vae, next(batches), 0.05)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+            optimizer.step()
+            average.update(vae)
+            step += 1
+            if step % 20 == 0:
+                bar.update(task, completed=clock.done, figure=f"{-10 * math.log10(error.item() / 4):.1f} dB")
+            if time.monotonic() - last > SAVE_SECONDS:
+                last = time.monotonic()
+                save_vae(path, vae, optimizer, average, step, clock, finished=False)
+    vae.load_state_dict(average.values)
+    autoencoder.whiten(vae, next(batches))
+    average.values = state.tensors(vae)
+    save_vae(path, vae, optimizer, average, step, clock, finished=True)
+    return vae.eval()
+
+
+def save_vae(
+    path: Path,
+    vae: VAE,
+    optimizer: torch.optim.Optimizer,
+    average: state.Average,
+    step: int,
+    clock: Clock,
+    *,
+    finished: bool,
+) -> None:
+    values: dict[str, Any] = {
+        "model": vae.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": average.values,
+        "step": step,
+        "used": clock.used,
+        "finished": finished,
+    }
+    state.save(path, values)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def optimizer_for(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-8)
+
+
+class Editor(nn.Module):
+    """What stage two trains: the transformer with its connector, and the text model."""
+
+    def __init__(self, dit: DiT, text: TextSide) -> None:
+        super().__init__()
+        self.dit = dit
+        self.text_model = text.model
+        self._text = [text]  # in a list: not a submodule, its weights are text_model's
+
+    @property
+    def text(self) -> TextSide:
+        return self._text[0]
+
+
+def train_editor(run: Run, photographs: Photographs, vae: VAE) -> Editor:
+    """Stage two; returns the averaged networks in eval mode."""
+    recipe, path = run.recipe, run.folder / "editor.pt"
+    editor = new_editor(run)
+    optimizer = optimizer_for(editor, recipe.lr, recipe.weight_decay)
+    average = state.Average(editor, recipe.ema)
+    clock, step = Clock(run.hours * 3600 * (1 - recipe.vae_share)), 0
+    saved = state.load(path, run.device)
+    if saved:
+        editor.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.values, average.steps, step = saved["ema"], saved["step"], saved["step"]
+        clock = Clock(clock.budget, saved["used"])
+    random = random_state(run.seed, step)
+    generator = torch.Generator().manual_seed(run.seed + step)
+    pools = make_pools(recipe, photographs, vae, editor.text.conditioner)
+    last, smooth = time.monotonic(), 0.0
+    with progress() as bar:
+        task = bar.add_task("editor", total=1.0, figure="")
+        while clock.done < 1:
+            set_rate(optimizer, recipe.lr * clock.factor(step, 200))
+            loss = editor_loss(editor, recipe, pools, clock.done, random, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
+            optimizer.step()
+            average.update(editor)
+            step += 1
+            smooth = loss.item() if step == 1 else 0.98 * smooth + 0.02 * loss.item()
+            if step % 20 == 0:
+                bar.update(task, completed=clock.done, figure=f"step {step} loss {smooth:.4f}")
+            if time.monotonic() - last > SAVE_SECONDS:
+                last = time.monotonic()
+                save_editor(path, editor, optimizer, average, step, clock)
+    save_editor(path, editor, optimizer, average, step, clock)
+    editor.load_state_dict(average.values)
+    return editor.eval()
+
+
+def save_editor(
+    path: Path,
+    editor: Editor,
+    optimizer: torch.optim.Optimizer,
+    average: state.Average,
+    step: int,
+    clock: Clock,
+) -> None:
+    values = {
+        "model": editor.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": average.values,
+        "step": step,
+        "used": clock.used,
+    }
+    state.save(path, values)
+
+
+def make_pools(
+    recipe: Recipe, photographs: Photographs, vae: VAE, conditioner: Conditioner
+) -> dict[tuple[int, int], Pool]:
+    canvases = {canvas for stage in recipe.stages for canvas in stage.canvases}
+    largest = min(width * height for width, height in canvases)
+    return {
+        (width, height): Pool(
+            photographs,
+            vae,
+            conditioner,
+            (width, height),
+            size=max(64, recipe.pool * largest // (width * height)),
+            scenes=recipe.scenes,
+            local_weight=recipe.local_weight,
+        )
+        for width, height in sorted(canvases)
+    }
+
+
+def editor_loss(
+    editor: Editor,
+    recipe: Recipe,
+    pools: dict[tuple[int, int], Pool],
+    done: float,
+    random: np.random.Generator,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean flow loss of one batch of the stage that `done` falls in."""
+    passed, stage = 0.0, recipe.stages[-1]
+    for candidate in recipe.stages:
+        passed += candidate.share
+        if done < passed:
+            stage = candidate
+            break
+    canvas = stage.canvases[int(random.integers(len(stage.canvases)))]
+    pairs = pools[canvas].draw(random, stage.batch, recipe.refresh)
+    instructions = [
+        "" if random.random() < recipe.drop_instruction else words for words in pairs.instructions
+    ]
+    device = editor.dit.device
+    sigma = times(len(instructions), recipe.shift, generator).to(device)
+    noise = torch.randn(pairs.target.shape, generator=generator).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        text = editor.text(pairs.patches, pairs.grid, instructions)
+        losses = flow_loss(
+            editor.dit, text, (pairs.source, pairs.target), editor.text.variant.reference_ids, sigma, noise
+        )
+    return losses.mean()
+
+
+def run_training(run: Run) -> tuple[VAE, Editor]:
+    """Both stages. Raises ValueError for a folder without photographs."""
+    photographs = Photographs(run.photos)
+    vae = train_autoencoder(run, photographs)
+    return vae, train_editor(run, photographs, vae)
