@@ -78,9 +78,7 @@ def report(machine: Machine) -> str:
         f"machine   {machine.cores} cores, {machine.memory_gb} GB memory, {machine.disk_gb} GB disk free",
     ]
     for index, device in enumerate(machine.devices):
-        lines.append(
-            f"GPU {index}     {device.name}, {device.memory_gb} GB, compute capability {device.capability}"
-        )
+        lines.append(f"GPU {index}     {device.name}, {device.memory_gb} GB, compute capability {device.capability}")
     if machine.torch_error:
         lines.append(f"torch     cannot be loaded: {machine.torch_error}")
     elif not machine.devices:

@@ -23,9 +23,7 @@ from step1x.engine.pixels import attach_alpha, bare, on_background, standard
 
 # Where Pillow itself refuses by default: 151-megapixel cameras pass; decoded it is 0.5 GB of RGB.
 MAX_PIXELS = 178_956_970
-MAX_BYTES = (
-    1 << 30
-)  # of a stream, which has to be read whole; a file on disk is read as far as its header says
+MAX_BYTES = 1 << 30  # of a stream, which has to be read whole; a file on disk is read as far as its header says
 HEADER_BYTES = 32
 
 SIGNATURES = (
@@ -305,9 +303,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     if width < 1 or height < 1:
         raise InputError(f"cannot use {name!r}: it has no pixels ({width} x {height})")
     if width * height > MAX_PIXELS:
-        raise InputError(
-            f"cannot use {name!r}: {width} x {height} pixels, above {MAX_PIXELS}; scale it down first"
-        )
+        raise InputError(f"cannot use {name!r}: {width} x {height} pixels, above {MAX_PIXELS}; scale it down first")
 
 
 def _decoded(image: Image.Image, name: str) -> Picture:

@@ -33,7 +33,7 @@ def standard(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """
     white, inverted, key = _depth(image)
     image.load()  # before anything that swallows errors: a second load after a failed one succeeds, with blanks
-    turn = None if image.format == "TIFF" else _turn(image)  # Pillow's TIFF reader has turned it while loading
+    turn = _turn(image)  # none for a TIFF: Pillow has turned it while loading, and removed the tag
     if key != image.info.get("transparency"):
         image = image.copy()  # the caller's stays as it is
         image.info["transparency"] = key

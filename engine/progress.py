@@ -50,7 +50,7 @@ class Progress:
     def step(self, step: int, steps: int) -> None:
         """Denoise step `step` of `steps` is done (counted from 1)."""
         if self._bar and self._task is not None:
-            self._bar.update(self._task, total=steps, completed=step, count=f"{step}/{steps}")
+            self._bar.update(self._task, total=steps, completed=step, count=f"{step}/{steps}, ETA")
 
 
 def _bar(console: "Console") -> "Bar":
@@ -60,9 +60,8 @@ def _bar(console: "Console") -> "Bar":
         progress.SpinnerColumn(),
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
-        progress.TextColumn("{task.fields[count]}"),
         progress.TimeElapsedColumn(),
-        progress.TextColumn("ETA"),
+        progress.TextColumn("{task.fields[count]}"),
         progress.TimeRemainingColumn(),
         console=console,
         transient=True,

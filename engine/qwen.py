@@ -4,12 +4,12 @@ Reads what transformers 4 and 5 wrote: flat and nested configs, all spellings of
 the files are there or an error names the one that is not.
 """
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from step1x.engine.checkpoint import read_json, tensor_files
 from step1x.engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     )
 
 MODEL_TYPE = "qwen2_5_vl"
-INDEX = "model.safetensors.index.json"
 # What the image processor takes from its file; the area limits are the variant's and given at each call.
 PROCESSOR_KEYS = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
 # Checkpoint key -> key of the headless model, longest first: transformers 5 and 4.52+, then older ones.
@@ -51,7 +50,7 @@ def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype | No
         model = Qwen2_5_VLModel._from_config(
             config, attn_implementation="sdpa", dtype=torch.get_default_dtype()
         )
-    stream(model, weight_files(folder), model_key, device, dtype)
+    stream(model, tensor_files(folder), model_key, device, dtype)
     # Rotary frequencies are in no file: each module computes them as it is made, always in float32.
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
@@ -69,25 +68,11 @@ def model_key(key: str) -> str | None:
     return key
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a snapshot: those its index names, else all. Raises InputError without any."""
-    index = folder / INDEX
-    if index.is_file():
-        names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise InputError(f"{index}: has no weight_map")
-        return [folder / name for name in sorted(set(names.values()))]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder}: no .safetensors file; the text model's weights belong here")
-    return files
-
-
 def read_config(path: Path) -> "Qwen2_5_VLConfig":
     """The model's config. Raises InputError if the file is missing or of another model."""
     from transformers import Qwen2_5_VLConfig
 
-    values = _read_json(path)
+    values = read_json(path)
     if values.get("model_type") != MODEL_TYPE:
         raise InputError(f"{path}: model_type is {values.get('model_type')!r}, it must be {MODEL_TYPE!r}")
     return Qwen2_5_VLConfig.from_dict(values)
@@ -125,7 +110,7 @@ def load_image_processor(folder: Path, config: "Qwen2_5_VLConfig") -> "Qwen2VLIm
     joint = folder / "processor_config.json"
     if joint.is_file() and not path.is_file():
         path = joint
-    found = _read_json(path)
+    found = read_json(path)
     found = found.get("image_processor", found)
     values = {key: found[key] for key in PROCESSOR_KEYS if key in found}
     vision = config.vision_config
@@ -139,15 +124,3 @@ def load_image_processor(folder: Path, config: "Qwen2_5_VLConfig") -> "Qwen2VLIm
             raise InputError(f"{path}: {key} is {values[key]}, the text model has {value}")
     # A size of its own: without one the class's shared default would be written to.
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 1, "longest_edge": 1}, **values)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: is no JSON object")
-    return values

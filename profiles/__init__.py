@@ -70,7 +70,5 @@ def _read(path: Path) -> Profile:
         first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ValueError(
-                f"{where}: unknown key {key!r}; known: {', '.join(Profile.model_fields)}"
-            ) from error
+            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(Profile.model_fields)}") from error
         raise ValueError(f"{where}: {key}: {first['msg'].lower()}") from error

@@ -121,13 +121,14 @@ def init_dit(dit: DiT) -> None:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)
-    silent = [dit.final_layer.linear, dit.final_layer.adaLN_modulation[1]]
+    silent: list[nn.Module] = [dit.final_layer.linear, dit.final_layer.adaLN_modulation[1]]
     for block in (*dit.double_blocks, *dit.single_blocks):
         if isinstance(block, DoubleBlock):
             silent += [block.img_mod.lin, block.txt_mod.lin]
         elif isinstance(block, SingleBlock):
             silent.append(block.modulation.lin)
     for layer in silent:
+        assert isinstance(layer, nn.Linear)
         nn.init.zeros_(layer.weight)
 
 

@@ -343,7 +343,6 @@ def test_info_and_convert(official, tmp_path):
         assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(not (ROOT / "engine" / "pipeline.py").is_file(), reason="the pipeline is not written yet")
 def test_the_real_engine_takes_what_we_pass(engine, folder, monkeypatch):
     run("edit", "photo.png", "x")
     monkeypatch.delitem(sys.modules, "step1x.engine.pipeline")

@@ -73,7 +73,7 @@ good = noise("PNG")
 
 # name -> content of the file, and what the line must say
 FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "empty"),
+    "empty": (b"", "the file is empty"),
     "one byte": (b"\x89", "not a PNG"),
     "text": (b"this is not a picture\n" * 50, "not a PNG"),
     "zeros": (bytes(1000), "not a PNG"),
@@ -234,7 +234,7 @@ def test_options(folder, options):
         ("good.png/x", "not a directory"),
         ("/dev/zero", "not a regular file"),
         ("/dev/stdin", "not a regular file"),
-        ("/proc/self/mem", "empty"),
+        ("/proc/self/mem", "the file is empty"),
         ("https://example.org/a.png", "download"),
         ("file:///etc/passwd", "no such file"),
         ("n" * 300, "too long"),

@@ -204,7 +204,7 @@ def test_names_that_are_no_regular_file(tmp_path):
     for name, needle in {
         "pipe.png": "not a regular file",
         "s.png": "not a regular file",
-        "empty.png": "empty",
+        "empty.png": "the file is empty",
         "loop.png": "symbolic links",
         "gone.png": "no such file",
         "empty.png/x.png": "not a directory",

@@ -15,7 +15,6 @@ from step1x.engine.qwen import (
     load_tokenizer,
     model_key,
     read_config,
-    weight_files,
 )
 from step1x.training.tokenizer import SPECIAL_TOKENS, save_text_model, small_text_model, train_tokenizer
 
@@ -146,9 +145,9 @@ def test_missing_and_unexpected_keys_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "not found"),
-        ("{", "cannot be read"),
-        ("[]", "is no JSON object"),
+        (None, "cannot be read: No such file"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
         ('{"model_type": "llama"}', "model_type is 'llama'"),
     ],
 )
@@ -161,16 +160,10 @@ def test_bad_configs_are_named(tmp_path: Path, text: str | None, message: str) -
     assert str(path) in str(error.value)
 
 
-def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=r"no \.safetensors file"):
-        weight_files(tmp_path)
-
-
-def test_an_index_without_a_map_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(InputError, match="weight_map"):
-        weight_files(tmp_path)
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin"):
+        load_model(folder, "cpu", None)
 
 
 def test_tokenizer_from_its_parts_is_the_same(folder: Path) -> None:
@@ -226,5 +219,5 @@ def test_image_processor_takes_values_from_its_file(folder: Path, model: Qwen2_5
     with pytest.raises(InputError, match="patch_size is 16, the text model has 14"):
         load_image_processor(folder, model.config)
     path.unlink()
-    with pytest.raises(InputError, match=r"preprocessor_config\.json: not found"):
+    with pytest.raises(InputError, match=r"preprocessor_config\.json: cannot be read: No such file"):
         load_image_processor(folder, model.config)

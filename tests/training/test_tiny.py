@@ -1,0 +1,99 @@
+"""The whole training, at toy size, for seconds: it runs, resumes, and what it writes is an ordinary model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from step1x.engine import Engine
+from step1x.training import recipe, state
+from step1x.training.__main__ import program
+from step1x.training.recipe import Stage, dit_config
+from step1x.training.tiny import Clock, new_text
+
+TOY = replace(
+    recipe.CPU,
+    dit=dit_config(32, 1, 1, 32),
+    text={**recipe.CPU.text, "hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate": 32},
+    vocabulary=400,
+    chain_steps=2,
+    vae_batch=2,
+    stages=(Stage(canvases=((32, 32),), batch=4, share=0.5), Stage(canvases=((48, 32),), batch=2, share=0.5)),
+    pool=8,
+)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "noise.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recipe.RECIPES, "cpu", TOY)
+
+
+def train(photos: Path, folder: Path, output: Path, *more: str) -> str:
+    words = ["tiny", "--photos", str(photos), "--hours", "0.0015", "--device", "cpu", "--recipe", "cpu"]
+    result = CliRunner().invoke(program, [*words, "--run", str(folder), "-o", str(output), *more])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_trains_resumes_and_writes_a_model(photos: Path, tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "model"
+    train(photos, run, output)
+    saved = state.load(run / "editor.pt", torch.device("cpu"))
+    assert saved is not None
+    assert saved["step"] > 0
+    edited = Engine.load(output, device="cpu").edit(Image.new("RGB", (40, 32)), "make it darker", size=32, steps=2)
+    assert edited.image.size == (40, 32)
+    # The time is used up, so the same command adds nothing and writes the same weights.
+    train(photos, run, tmp_path / "again")
+    for part in ("transformer", "vae"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (output / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    train(photos, tmp_path / "more", tmp_path / "from-model", "--init", str(output))
+    assert Engine.load(tmp_path / "from-model", device="cpu").variant == Engine.load(output, device="cpu").variant
+
+
+def test_an_existing_output_is_refused(photos: Path, tmp_path: Path) -> None:
+    words = ["tiny", "--photos", str(photos), "--hours", "1", "-o", str(tmp_path)]
+    result = CliRunner().invoke(program, words)
+    assert result.exit_code == 2
+    assert "exists already" in result.output
+
+
+def test_no_photographs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    words = ["tiny", "--photos", str(tmp_path / "empty"), "--hours", "1", "-o", str(tmp_path / "model")]
+    result = CliRunner().invoke(program, words)
+    assert result.exit_code == 2
+    assert "no photographs" in result.output
+
+
+def test_text_side_in_training_equals_the_engine() -> None:
+    """Batched rows with a shared template run equal `Conditioner.encode`, row for row."""
+    text = new_text(TOY, 0)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+    prompts = ["make it black and white", "把圆变成蓝色", ""]
+    patches, grid = text.conditioner.patches(image)
+    batch = text(torch.stack([patches] * 3), grid, prompts)
+    for row, one in enumerate(text.conditioner.encode(image, prompts)):
+        assert torch.equal(batch.mask[row], one.text.mask[0])
+        assert torch.allclose(batch.tokens[row], one.text.tokens[0], atol=2e-5)
+
+
+def test_clock_goes_from_warm_up_to_almost_nothing() -> None:
+    assert Clock(100.0).factor(0, 10) == pytest.approx(0.1, rel=1e-3)
+    assert Clock(100.0).factor(50, 10) == pytest.approx(1.0, rel=1e-3)
+    assert Clock(100.0, used=100.0).factor(50, 10) == pytest.approx(0.02, rel=1e-3)
+    assert Clock(100.0, used=300.0).done == 1.0
