@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own bound
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of the data, in a digest
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -213,11 +214,20 @@ class Checkpoint(Mapping[str, Entry]):
 
 
 def digest(files: Iterable[Path]) -> str:
-    """A cheap, stable id of weights: SHA-256 over the sorted (name, size, SHA-256 of header) of the files."""
+    """A cheap id of weights: SHA-256 over the files' names, sizes, headers and SAMPLES evenly spaced blocks of data.
+
+    Reads some 300 KB of each file, so forty gigabytes take no longer than the header; two trainings of one
+    architecture differ in every block.
+    """
     lines = []
     for path in files:
         header, size = _header(path)
-        lines.append(f"{path.name} {size} {hashlib.sha256(header).hexdigest()}\n")
+        found = hashlib.sha256(header)
+        with path.open("rb") as file:
+            for index in range(SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1) if size > SAMPLE_BYTES else 0)
+                found.update(file.read(SAMPLE_BYTES))
+        lines.append(f"{path.name} {size} {found.hexdigest()}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -35,7 +35,7 @@ class Components:
     vae: VAE
     conditioner: "Conditioner"
     name: str  # of the folder, or ORG/NAME@COMMIT
-    digest: str  # of the files' names, sizes and headers
+    digest: str  # of the files' names, sizes, headers and samples of their data
 
 
 def load(

@@ -207,9 +207,10 @@ def test_a_folder_without_safetensors(tmp_path: Path) -> None:
         lambda path: save_file({"a": torch.ones(2)}, path),
         lambda path: save_file({"b": torch.ones(1)}, path),
         lambda path: path.rename(path.with_name("other.safetensors")),
+        lambda path: save_file({"a": torch.zeros(1)}, path),
     ],
 )
-def test_digest_changes_with_name_and_header_only(tmp_path: Path, change: Callable[[Path], object]) -> None:
+def test_digest_changes_with_name_header_and_data(tmp_path: Path, change: Callable[[Path], object]) -> None:
     path, other = tmp_path / "a.safetensors", tmp_path / "z.safetensors"
     save_file({"a": torch.ones(1)}, path)
     save_file({"z": torch.ones(1)}, other)

@@ -99,7 +99,7 @@ def test_golden_teacache_rule() -> None:
         wanted = torch.tensor(case["accumulated_after"], dtype=torch.float64)
         got = torch.tensor([one.accumulated for one in made], dtype=torch.float64)
         pairs.append((got, wanted))
-    assert plan.TEACACHE_COEFFICIENTS == tuple(recorded["coefficients"])
+    assert tuple(recorded["coefficients"]) == plan.TEACACHE_COEFFICIENTS
     scale = max(wanted.abs().max().item() for _, wanted in pairs)
     error = max((got - wanted).abs().max().item() for got, wanted in pairs) / scale
     print(f"golden teacache.json accumulated_after worst={error:.1e}")

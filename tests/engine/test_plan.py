@@ -1,6 +1,7 @@
 """The rules of skipping on their own: plan strings, limits, morphology against a plain loop, the TeaCache fold."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_several_refreshes_and_no_post_steps() -> None:
 
 def test_velocity_that_does_not_decay_is_never_skipped() -> None:
     schedule = timesteps(28, 4096).tolist()
-    gammas = tuple(1 / (1 + after - before) for before, after in zip(schedule, schedule[1:-1], strict=False))
+    gammas = tuple(1 / (1 + after - before) for before, after in pairwise(schedule[:-1]))
     growing = DecayRule(gammas=tuple(gamma * 1.0000001 for gamma in gammas))
     assert "s" not in spelled(decay_plan(schedule, growing))
 
@@ -112,7 +113,7 @@ def test_any_plan_keeps_its_promises(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("values", "words"),
     [
         ({"threshold": -0.1}, "threshold must be at least 0, got -0.1"),
         ({"warmup": 0}, "warmup must be at least 1"),
@@ -124,9 +125,9 @@ def test_any_plan_keeps_its_promises(data: st.DataObject) -> None:
         ({"refreshes": (10, 14, 10)}, "repeated"),
     ],
 )
-def test_illegal_rules_are_refused(settings: dict[str, object], words: str) -> None:
+def test_illegal_rules_are_refused(values: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        DecayRule(gammas=GAMMAS_V11, **settings)  # type: ignore[arg-type]
+        DecayRule(gammas=GAMMAS_V11, **values)  # type: ignore[arg-type]
 
 
 def test_gammas_are_for_one_number_of_steps() -> None:

@@ -1,0 +1,223 @@
+"""The engine on a small random model of every preset, and on the bundled checkpoint."""
+
+import io
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from step1x.engine import Edit, Engine, edit
+from step1x.engine.dit import DiT
+from step1x.engine.errors import InputError
+from step1x.engine.text import Conditioner
+from step1x.engine.timing import STAGES
+from step1x.engine.vae import VAE, VAEConfig
+from step1x.engine.variants import VARIANTS, Variant
+from step1x.engine.weights import Components
+from step1x.training.recipe import dit_config
+from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
+
+PHOTO = Path(__file__).parent.parent.parent / "docs" / "pictures" / "coffee.jpg"
+VAE_CONFIG = VAEConfig(
+    in_channels=3, channels=(8, 8, 8, 8), res_blocks=1, z_channels=16, groups=2, scale_factor=0.5, shift_factor=0.1
+)
+
+
+def small(preset: str, dtype: torch.dtype = torch.float32) -> Engine:
+    """An engine with random weights, one block of each kind, and a picture of four text tokens."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    torch.manual_seed(0)
+    row: Variant = VARIANTS[preset]
+    tokenizer = train_tokenizer([row.prefix, "make it darker"], 300)
+    cut = count_template_tokens(tokenizer, row.prefix)
+    row = row.override(
+        {"template_tokens": cut, "text_tokens": 40, "min_pixels": 4 * 784, "max_pixels": 4 * 784, "size": 48, "steps": 3}
+    )
+    sizes = {"vision_hidden": 16, "vision_depth": 1, "vision_heads": 2, "vision_intermediate": 16}
+    model = small_text_model(tokenizer, hidden=32, layers=1, heads=2, kv_heads=1, intermediate=32, **sizes)
+    config = dit_config(32, 1, 1, 32)
+    connector = replace(config.connector, has_scale_factor=row.version == "v1.0")
+    config = replace(config, connector=connector, text_token_mapping=row.version == "v1.2")
+    dit, vae = DiT(config, row.dtype_flow != "pure"), VAE(VAE_CONFIG)
+    for module in (dit, vae):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        module.eval().requires_grad_(False)
+    conditioner = Conditioner(model.to(dtype).eval(), tokenizer, Qwen2VLImageProcessorPil(), row)
+    return Engine(Components(row, dit.to(dtype), vae, conditioner, "small", "0" * 64))
+
+
+def photo(width: int = 60, height: int = 45, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", sorted(VARIANTS))
+def test_every_preset_edits(preset: str, dtype: torch.dtype) -> None:
+    engine, calls, stages = small(preset, dtype), [], []
+    result = engine.edit(
+        photo(), "make it darker", seed=3, on_step=lambda *step: calls.append(step), on_stage=stages.append
+    )
+    assert result.image.size == (60, 45)
+    assert result.image.mode == "RGB"
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert list(result.timings) == stages == [stage for stage in STAGES if stage != "save"]
+    assert result.metadata["variant"] == preset
+    assert result.metadata["instruction"] == "make it darker"
+    again = engine.edit(photo(), "make it darker", seed=3)
+    assert again.image.tobytes() == result.image.tobytes()
+    other = engine.edit(photo(), "make it darker", seed=4)
+    assert other.image.tobytes() != result.image.tobytes()
+
+
+@pytest.mark.parametrize("preset", sorted(VARIANTS))
+def test_a_batch_equals_single_edits(preset: str) -> None:
+    engine = small(preset)
+    sources, words, seeds = [photo(seed=1), photo(seed=2)], ["make it darker", "变暗"], [5, 6]
+    batch = engine.edit_batch(sources, words, seeds=seeds)
+    for one, source, text, seed in zip(batch, sources, words, seeds, strict=True):
+        alone = engine.edit(source, text, seed=seed)
+        assert difference(one.image, alone.image) <= 1  # a level of 255 where rounding tips
+        assert (one.seed, one.metadata) == (alone.seed, alone.metadata)
+
+
+def test_threads_do_not_meet() -> None:
+    engines = {preset: small(preset) for preset in ("official-v1.0", "diffusers-v1.1")}
+    alone = {preset: engine.edit(photo(), "make it darker", seed=1).image for preset, engine in engines.items()}
+    found: dict[str, list[Image.Image]] = {preset: [] for preset in engines}
+
+    def work(preset: str) -> None:
+        for _ in range(3):
+            found[preset].append(engines[preset].edit(photo(), "make it darker", seed=1).image)
+
+    threads = [threading.Thread(target=work, args=(preset,)) for preset in engines for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for preset, images in found.items():
+        assert len(images) == 6
+        assert all(image.tobytes() == alone[preset].tobytes() for image in images)
+
+
+def test_options_act() -> None:
+    engine = small("diffusers-v1.1")
+    base = engine.edit(photo(), "make it darker", seed=1)
+
+    def changed(**options: object) -> float:
+        return difference(engine.edit(photo(), "make it darker", seed=1, **options).image, base.image)
+
+    assert changed() == 0
+    assert changed(negative_prompt="") == 0
+    assert changed(guidance=engine.variant.guidance, steps=3, size=48) == 0
+    for options in (
+        {"negative_prompt": "blurry"},
+        {"guidance": 1.0},
+        {"steps": 2},
+        {"size": 64},
+        {"strength": 0.5},
+        {"posterior": "mean"},
+    ):
+        assert changed(**options) > 0, options
+
+
+def test_strength_runs_the_last_steps_only() -> None:
+    calls: list[tuple[int, int]] = []
+    engine = small("official-v1.1")
+    result = engine.edit(
+        photo(), "make it darker", seed=1, steps=4, strength=0.5, on_step=lambda *step: calls.append(step)
+    )
+    assert calls == [(1, 2), (2, 2)]
+    assert result.metadata["strength"] == 0.5
+
+
+def test_text_to_image() -> None:
+    result = small("official-v1.1").generate("a red circle", width=48, height=32, seed=1, steps=2)
+    assert result.image.size == (48, 32)
+    assert str(result.metadata["negative_prompt"]).startswith("worst quality")
+    with pytest.raises(InputError, match=r"needs a v1\.1"):
+        small("official-v1.0").generate("a red circle")
+    with pytest.raises(InputError, match="multiples of 16"):
+        small("official-v1.1").generate("a red circle", width=50, height=32)
+
+
+def test_transparency_comes_back() -> None:
+    source = photo().convert("RGBA")
+    alpha = Image.linear_gradient("L").resize(source.size)
+    source.putalpha(alpha)
+    result = small("diffusers-v1.1").edit(source, "make it darker", seed=1)
+    assert result.image.mode == "RGBA"
+    assert result.image.getchannel("A").tobytes() == alpha.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"guidance": -1.0}, "guidance must be a finite number"),
+        ({"strength": 0.0}, "strength must be above 0"),
+        ({"posterior": "mode"}, "posterior must be"),
+        ({"size": 8}, "below 16 pixels"),
+        ({"seed": -1}, "seed must be between"),
+        ({"colour": "red"}, "unknown option colour"),
+    ],
+)
+def test_bad_options_are_one_clear_line(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        small("official-v1.1").edit(photo(), "make it darker", **options)
+
+
+def test_bad_batches_are_refused() -> None:
+    engine = small("official-v1.1")
+    with pytest.raises(InputError, match="as many sources"):
+        engine.edit_batch([photo()], ["one", "two"])
+    with pytest.raises(InputError, match="must come out at one size"):
+        engine.edit_batch([photo(), photo(30, 60)], ["one", "two"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"profile": "nine-gb"}, "unknown profile 'nine-gb'"),
+        ({"device": "cuda:77"}, "device 'cuda:77' cannot be used here"),
+        ({"variant": "official-v1.0"}, r"v1\.0"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
+    ],
+)
+def test_bad_load_arguments_are_one_clear_line(options: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        Engine.load(**options)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    error = (np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2
+    return float(10 * np.log10(255**2 / error.mean()))
+
+
+@pytest.mark.parametrize(
+    ("instruction", "make"),
+    [
+        ("make it black and white", lambda image: image.convert("L").convert("RGB")),
+        ("反转颜色", lambda image: Image.eval(image, lambda level: 255 - level)),
+    ],
+)
+def test_the_bundled_checkpoint_edits_a_photograph(instruction: str, make: object, tmp_path: Path) -> None:
+    source = Image.open(PHOTO).convert("RGB").resize((144, 112))
+    result: Edit = edit(source, instruction, seed=0, size=128, steps=12)
+    target = make(source)  # type: ignore[operator]
+    assert psnr(result.image, target) > psnr(source, target) + 3
+    result.save(tmp_path / "out.png")
+    reopened = Image.open(io.BytesIO((tmp_path / "out.png").read_bytes()))
+    assert reopened.text["instruction"] == instruction  # type: ignore[attr-defined]
