@@ -169,6 +169,7 @@ class Job:
     seed: int | None
     negative_prompt: str
     strength: float | None
+    fix_quotes: bool
     device: str | None
     force: bool
     no_metadata: bool
@@ -208,6 +209,7 @@ class Job:
 @click.option("--seed", type=click.IntRange(0, LARGEST_SEED), metavar="N", help="Noise seed.  [default: random]")
 @click.option("--negative-prompt", metavar="TEXT", default="", help="What to steer away from.")
 @click.option("--strength", type=Finite(0, 1, min_open=True), metavar="X", help=STRENGTH_HELP)
+@click.option("--fix-quotes", is_flag=True, help="Keep a lone apostrophe or quote from garbling the instruction.")
 @click.option("--device", type=DeviceName(), metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @click.option("--no-metadata", is_flag=True, help="Leave instruction, seed and settings out of the PNG.")
@@ -262,7 +264,9 @@ def _run(job: Job, picture: "Picture") -> "Edit":
         from step1x.engine.picture import save_picture
         from step1x.engine.pipeline import Engine
 
-        engine = Engine.load(job.model, profile=job.profile, device=job.device, variant=job.variant)
+        engine = Engine.load(
+            job.model, profile=job.profile, device=job.device, variant=job.variant, fix_quotes=job.fix_quotes
+        )
         result = engine.edit(
             picture,
             job.instruction,

@@ -102,9 +102,8 @@ def denoise(
         prediction = velocities(dit, forwards, tokens, _time(now, latents, variant), target)
         if guidance is not None:
             cond, uncond = prediction.chunk(2)
-            if variant.dtype_flow == "autocast-fp32" and now > guidance.rescale_above:
-                cond, uncond = cond.to(torch.promote_types(cond.dtype, torch.float32)), uncond
-            prediction = guided(cond, uncond, guidance.scale, now > guidance.rescale_above)
+            rescaled = now > guidance.rescale_above
+            prediction = guided(cond, uncond, guidance.scale, rescaled, variant.dtype_flow == "autocast-fp32")
         latents = _euler(latents, prediction, (now, following), variant)
         if on_step is not None:
             on_step(index + 1, len(schedule) - 1)

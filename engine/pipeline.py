@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Posterior = Literal["sample", "mean"]
 MAX_SEED = 2**63 - 1
+LOADING = ("profile", "device", "dtype", "variant", "fix_quotes")  # keywords of Engine.load
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +105,14 @@ class Engine:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         variant: str | None = None,
+        fix_quotes: bool = False,
     ) -> Self:
         """Load `model`: a folder in the official or the diffusers layout, a Hub id, or None for the bundled one.
 
         profile: device and dtypes by name or .toml file (default: bf16-80gb with CUDA, else cpu); `device` and
         `dtype` override it. variant: a parity preset such as "official-v1.1" (default: the weights' own).
-        Raises InputError for anything wrong with the arguments or the files.
+        fix_quotes: keep an apostrophe or a lone quote from opening a quotation, which the released programs let
+        it do, to the instruction's harm (§1.4). Raises InputError for anything wrong with the arguments or the files.
         """
         cuda = torch.cuda.is_available()
         try:
@@ -118,11 +121,15 @@ class Engine:
             raise InputError(str(error)) from error
         place = device if device not in (None, "auto") else settings.device
         place = ("cuda" if cuda else "cpu") if place == "auto" else place
-        chosen = dtype or getattr(torch, settings.dtype)
-        vae_dtype = dtype or getattr(torch, settings.vae_dtype)
-        return cls(
-            load(model, device=checked_device(place), dtype=chosen, vae_dtype=vae_dtype, variant=variant)
+        components = load(
+            model,
+            device=checked_device(place),
+            dtype=dtype or getattr(torch, settings.dtype),
+            vae_dtype=dtype or getattr(torch, settings.vae_dtype),
+            variant=variant,
+            fix_quotes=fix_quotes,
         )
+        return cls(components)
 
     @property
     def device(self) -> torch.device:
@@ -347,10 +354,11 @@ def checked_device(name: str) -> torch.device:
     return device
 
 
-def edit(source: Source, instruction: str, *, model: str | Path | None = None, profile: str | Path | None = None,
-         device: str | None = None, **options: object) -> Edit:  # fmt: skip
-    """Load a model (default: the bundled one) and edit one picture; options as in `Engine.edit`.
+def edit(source: Source, instruction: str, *, model: str | Path | None = None, **options: Any) -> Edit:
+    """Load a model (default: the bundled one) and edit one picture.
 
+    Options: those of `Engine.load` (profile, device, dtype, variant, fix_quotes) and those of `Engine.edit`.
     Whoever edits more than one picture keeps an `Engine`.
     """
-    return Engine.load(model, profile=profile, device=device).edit(source, instruction, **options)  # type: ignore[arg-type]
+    loading = {name: options.pop(name) for name in LOADING if name in options}
+    return Engine.load(model, **loading).edit(source, instruction, **options)

@@ -42,9 +42,14 @@ def rescale(difference: Tensor, power: float = 0.4) -> Tensor:
     return torch.where(size > 1.0, size**power, torch.ones_like(size))
 
 
-def guided(cond: Tensor, uncond: Tensor, guidance: float, rescaled: bool) -> Tensor:
-    """Classifier-free guidance u + g (c - u), with (c - u) divided by `rescale` when `rescaled` (§5.4)."""
+def guided(cond: Tensor, uncond: Tensor, guidance: float, rescaled: bool, fp32_norm: bool = False) -> Tensor:
+    """Classifier-free guidance u + g (c - u), with (c - u) divided by `rescale` when `rescaled` (§5.4).
+
+    fp32_norm: the rescaled part, and with it the result, is float32 at least, as under the official autocast.
+    """
     difference = cond - uncond
     if rescaled:
+        if fp32_norm:
+            difference = difference.to(torch.promote_types(difference.dtype, torch.float32))
         difference = difference / rescale(difference)
     return uncond + guidance * difference

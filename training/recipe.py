@@ -38,6 +38,8 @@ class Recipe:
     # transformer, connector and text model
     stages: tuple[Stage, ...]
     lr: float
+    scale_lr: float  # of the QK norms' scales
+    text_lr: float  # of the text model: its weights are small, so steps of lr would shake it
     weight_decay: float
     ema: float
     shift: float
@@ -120,10 +122,12 @@ CPU = Recipe(
     vae_crops=(64,),
     vae_lr=4e-4,
     stages=(
-        Stage(canvases=((128, 128),), batch=16, share=0.72),
-        Stage(canvases=((256, 256), (128, 128), (288, 224), (224, 288), (192, 192)), batch=8, share=0.28),
+        Stage(canvases=((128, 128),), batch=16, share=0.62),
+        Stage(canvases=((256, 256), (128, 128), (288, 224), (224, 288), (192, 192)), batch=8, share=0.38),
     ),
-    lr=1.2e-3,
+    lr=8e-4,
+    scale_lr=1.5e-2,
+    text_lr=2e-4,
     weight_decay=0.01,
     ema=0.998,
     shift=2.0,

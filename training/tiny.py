@@ -162,7 +162,8 @@ def train_autoencoder(run: Run, photographs: Photographs) -> VAE:
     clock = Clock(run.hours * 3600 * recipe.vae_share)
     if not saved:
         autoencoder.start_linear(vae, batches, recipe.chain_steps)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    group = {"params": list(vae.parameters()), "lr": recipe.vae_lr, "base_lr": recipe.vae_lr}
+    optimizer = torch.optim.AdamW([group], betas=(0.9, 0.98), weight_decay=0.0)
     average = state.Average(vae, recipe.ema)
     step = 0
     if saved:
@@ -174,7 +175,7 @@ def train_autoencoder(run: Run, photographs: Photographs) -> VAE:
     with progress() as bar:
         task = bar.add_task("autoencoder", total=1.0, figure="")
         while clock.done < 1:
-            set_rate(optimizer, recipe.vae_lr * clock.factor(step, 50))
+            set_rate(optimizer, clock.factor(step, 50))
             loss, error = autoencoder.loss(vae, next(batches), 0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -215,17 +216,28 @@ def save_vae(
     state.save(path, values)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Learning rates as shares of each group's own."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["base_lr"] * factor
 
 
-def optimizer_for(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW with decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-8)
+def optimizer_for(editor: "Editor", recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW, with decay on matrices only, and rates of their own for the text model and for the QK norms.
+
+    A head can attend no more sharply than its QK norm's scale lets it, and copying the reference needs sharp heads.
+    The scales start at 1 and Adam moves them by one rate a step, so with the common rate they hold all else up.
+    """
+    scales = [p for name, p in editor.dit.named_parameters() if name.endswith("_norm.scale")]
+    held = {id(p) for p in scales}
+    groups: list[dict[str, Any]] = [{"params": scales, "lr": recipe.scale_lr, "weight_decay": 0.0}]
+    for model, lr in ((editor.dit, recipe.lr), (editor.text_model, recipe.text_lr)):
+        for matrices, decay in ((True, recipe.weight_decay), (False, 0.0)):
+            chosen = [p for p in model.parameters() if (p.ndim >= 2) == matrices and id(p) not in held]
+            groups.append({"params": chosen, "lr": lr, "weight_decay": decay})
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
 
 class Editor(nn.Module):
@@ -246,9 +258,10 @@ def train_editor(run: Run, photographs: Photographs, vae: VAE) -> Editor:
     """Stage two; returns the averaged networks in eval mode."""
     recipe, path = run.recipe, run.folder / "editor.pt"
     editor = new_editor(run)
-    optimizer = optimizer_for(editor, recipe.lr, recipe.weight_decay)
+    optimizer = optimizer_for(editor, recipe)
     average = state.Average(editor, recipe.ema)
-    clock, step = Clock(run.hours * 3600 * (1 - recipe.vae_share)), 0
+    share = 1.0 if run.init else 1 - recipe.vae_share
+    clock, step = Clock(run.hours * 3600 * share), 0
     saved = state.load(path, run.device)
     if saved:
         editor.load_state_dict(saved["model"])
@@ -262,7 +275,7 @@ def train_editor(run: Run, photographs: Photographs, vae: VAE) -> Editor:
     with progress() as bar:
         task = bar.add_task("editor", total=1.0, figure="")
         while clock.done < 1:
-            set_rate(optimizer, recipe.lr * clock.factor(step, 200))
+            set_rate(optimizer, clock.factor(step, 100))
             loss = editor_loss(editor, recipe, pools, clock.done, random, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -86,15 +86,15 @@ def test_an_edit(engine, folder):
     with Image.open("photo-edited.png") as image:
         assert image.getpixel((0, 0)) == (0, 255, 255)
         assert image.info == {"instruction": "invert it", "seed": "5"}
-    assert engine.loaded == [(None, {"profile": None, "device": None, "variant": None})]
+    assert engine.loaded == [(None, {"profile": None, "device": None, "variant": None, "fix_quotes": False})]
 
 
 def test_every_option_reaches_the_engine(engine, folder):
     words = "--model m --variant v1.1 --profile cpu --steps 3 --guidance 2.5 --size 128 --seed 9"
-    words += " --negative-prompt fog --strength 0.5 --device cuda:1 -q -o out.webp"
+    words += " --negative-prompt fog --strength 0.5 --fix-quotes --device cuda:1 -q -o out.webp"
     result = run("edit", "photo.png", "make it blue", *words.split())
     assert (result.exit_code, result.stdout, result.stderr) == (0, "out.webp\n", "")
-    assert engine.loaded == [("m", {"profile": "cpu", "device": "cuda:1", "variant": "v1.1"})]
+    assert engine.loaded == [("m", {"profile": "cpu", "device": "cuda:1", "variant": "v1.1", "fix_quotes": True})]
     source, instruction, options = engine.asked[0]
     assert (source.name, source.rgb.size, instruction) == ("photo.png", (8, 6), "make it blue")
     del options["on_step"], options["on_stage"]
@@ -158,7 +158,7 @@ def test_an_existing_result_is_kept_unless_forced(engine, folder):
 
 def test_names_of_results():
     rest = dict.fromkeys(("model", "variant", "profile", "steps", "guidance", "size", "seed", "strength", "device"))
-    flags = dict.fromkeys(("force", "no_metadata", "as_json", "quiet"), False)
+    flags = dict.fromkeys(("force", "fix_quotes", "no_metadata", "as_json", "quiet"), False)
 
     def target(img: str, output: str | None = None) -> str:
         words = {**rest, **flags, "img": img, "output": output}

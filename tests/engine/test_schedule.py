@@ -94,6 +94,18 @@ def test_guidance_of_zero_and_one(dtype: torch.dtype, rescaled: bool) -> None:
     assert guided(cond, uncond, 6.0, rescaled).dtype == dtype
 
 
+def test_norms_of_half_precision_may_be_float32() -> None:
+    generator = torch.Generator().manual_seed(2)
+    cond, uncond = (torch.randn(1, 6, 16, generator=generator).bfloat16() for _ in range(2))
+    got = guided(cond, uncond, 6.0, rescaled=True, fp32_norm=True)
+    difference = (cond - uncond).float()  # the difference itself is rounded
+    wanted = uncond.float() + 6.0 * difference / difference.norm(dim=-1, keepdim=True) ** 0.4
+    torch.testing.assert_close(got, wanted)
+    assert guided(cond, uncond, 6.0, rescaled=True).dtype == torch.bfloat16
+    assert guided(cond, uncond, 6.0, rescaled=False, fp32_norm=True).dtype == torch.bfloat16
+    assert guided(cond.double(), uncond.double(), 6.0, rescaled=True, fp32_norm=True).dtype == torch.float64
+
+
 @settings(deadline=None)
 @given(seed=st.integers(0, 999), size=st.floats(0, 10), guidance=st.floats(0, 20))
 def test_rescaled_guidance_bounds_the_step(seed: int, size: float, guidance: float) -> None:
