@@ -98,9 +98,7 @@ def reconstruction(engine: Engine, photos: dict[str, Picture]) -> float:
 def table(scores: list[Score]) -> tuple[list[dict[str, float | str | None]], list[str]]:
     """Per-family means as records and as printable lines."""
     records, lines = [], []
-    lines.append(
-        f"{'family':<18}{'n':>4}{'PSNR':>8}{'source':>8}{'gain':>8}{'SSIM':>8}{'source':>8}{'outside':>9}"
-    )
+    lines.append(f"{'family':<18}{'n':>4}{'PSNR':>8}{'source':>8}{'gain':>8}{'SSIM':>8}{'source':>8}{'outside':>9}")
     for family in FAMILIES:
         ours = [one for one in scores if one.family == family]
         if not ours:

@@ -1,6 +1,6 @@
 """Make the README's picture: source, instructions and results of the bundled checkpoint.
 
-    python bench/readme_picture.py [--model DIR] [-o docs/pictures/example.png]
+python bench/readme_picture.py [--model DIR] [-o docs/pictures/example.png]
 """
 
 from pathlib import Path

@@ -362,4 +362,13 @@ def _echo_path(path: str) -> None:
 
 def main() -> NoReturn:
     """The console script."""
-    program.main(prog_name="step1x-engine")
+    try:
+        program.main(prog_name="step1x-engine")
+    except SystemExit as done:
+        if done.code != 130:
+            raise
+        # CPython dies of the signal, whatever the exit code, if Ctrl-C struck within an exec of a string, which is
+        # how a library's dataclasses are made while it is imported.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)

@@ -53,9 +53,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.in_channels = in_channels
-        self.mlp = nn.Sequential(
-            nn.Linear(in_channels, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(in_channels, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         weight: Tensor = self.mlp[0].weight  # type: ignore[assignment]

@@ -48,9 +48,7 @@ def joined(conditionings: Sequence[Conditioning]) -> tuple[Text, Tensor]:
     return text, torch.cat([one.ids for one in conditionings])
 
 
-def branches(
-    dit: DiT, groups: Sequence[Sequence[Conditioning]], image_ids: Tensor, batched: bool
-) -> list[Branch]:
+def branches(dit: DiT, groups: Sequence[Sequence[Conditioning]], image_ids: Tensor, batched: bool) -> list[Branch]:
     """The forwards of a step: one for all groups (conditional, then unconditional) if `batched`, else one each.
 
     image_ids: (1, tokens, 3).

@@ -175,9 +175,7 @@ class DoubleBlock(nn.Module):
         # The official code fuses only this second residual, with one rounding (§3.14).
         return torch.addcmul(x, mod[5], y) if self.fp32_norms else x + mod[5] * y
 
-    def forward(
-        self, img: Tensor, txt: Tensor, mods: tuple[Tensor, Tensor], rope: Rope
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, img: Tensor, txt: Tensor, mods: tuple[Tensor, Tensor], rope: Rope) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = mods[0].chunk(6, dim=-1), mods[1].chunk(6, dim=-1)
         img_qkv = self._qkv(img, self.img_attn, img_mod)
         txt_qkv = self._qkv(txt, self.txt_attn, txt_mod)
@@ -216,9 +214,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.fp32_norms = fp32_norms
         self.linear = nn.Linear(config.hidden_size, config.out_channels)
-        self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size)
-        )
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
 
     def condition(self, vec: Tensor) -> Tensor:
         return self.adaLN_modulation(vec)[:, None]

@@ -48,11 +48,7 @@ class Canvas:
     height: int
 
     def __post_init__(self) -> None:
-        if (
-            min(self.width, self.height) < TOKEN_PIXELS
-            or self.width % TOKEN_PIXELS
-            or self.height % TOKEN_PIXELS
-        ):
+        if min(self.width, self.height) < TOKEN_PIXELS or self.width % TOKEN_PIXELS or self.height % TOKEN_PIXELS:
             raise InputError(f"{self.width}x{self.height}: both sides must be multiples of {TOKEN_PIXELS}")
 
     @property
@@ -96,11 +92,7 @@ def resized(image: "Image", canvas: Canvas, resize: str) -> "Image":
     from PIL.Image import Resampling
 
     method = Resampling.BICUBIC if resize == "bicubic" else Resampling.LANCZOS
-    return (
-        image
-        if image.size == (canvas.width, canvas.height)
-        else image.resize((canvas.width, canvas.height), method)
-    )
+    return image if image.size == (canvas.width, canvas.height) else image.resize((canvas.width, canvas.height), method)
 
 
 def pixels(image: "Image", canvas: Canvas, resize: str) -> Tensor:

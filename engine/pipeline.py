@@ -152,9 +152,7 @@ class Engine:
         on_step(step, steps) is called after each denoise step, on_stage(name) as each stage begins.
         The result has the source's size. Raises InputError for bad input.
         """
-        return self.edit_batch(
-            [source], [instruction], seeds=[seed], on_step=on_step, on_stage=on_stage, **options
-        )[0]
+        return self.edit_batch([source], [instruction], seeds=[seed], on_step=on_step, on_stage=on_stage, **options)[0]
 
     def edit_batch(
         self,
@@ -246,9 +244,7 @@ class Engine:
         channels = self.vae.config.z_channels
         noise = [Noise.draw(seed, canvas, channels) for seed in seeds]
         with recorder.stage("encode_text"):
-            groups = self._conditionings(
-                opened, instructions, options.negative_prompt if guided else None, canvas
-            )
+            groups = self._conditionings(opened, instructions, options.negative_prompt if guided else None, canvas)
         with recorder.stage("encode_image"):
             latents = None if opened is None else self._encode(opened, canvas, noise, options.posterior)
         with recorder.stage("prepare"):

@@ -55,9 +55,7 @@ def _closing(text: str, opening: int) -> int | None:
         return same if same >= 0 else next((index for index in behind if text[index] in '"”'), None)
     if character == "”" or (opening > 0 and _joins(text[opening - 1])):
         return None
-    return next(
-        (index for index in behind if text[index] == "'" and not _joins(text[index + 1 : index + 2])), None
-    )
+    return next((index for index in behind if text[index] == "'" and not _joins(text[index + 1 : index + 2])), None)
 
 
 def stray_quotes(text: str) -> frozenset[int]:

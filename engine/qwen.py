@@ -47,9 +47,7 @@ def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype | No
     # The dtype of meta tensors does not matter, but transformers would make the config's torch's process-wide
     # default meanwhile, which other threads would see.
     with torch.device("meta"):
-        model = Qwen2_5_VLModel._from_config(
-            config, attn_implementation="sdpa", dtype=torch.get_default_dtype()
-        )
+        model = Qwen2_5_VLModel._from_config(config, attn_implementation="sdpa", dtype=torch.get_default_dtype())
     stream(model, tensor_files(folder), model_key, device, dtype)
     # Rotary frequencies are in no file: each module computes them as it is made, always in float32.
     for name, module in list(model.named_modules()):
@@ -88,9 +86,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     whole = folder / "tokenizer.json"
     parts = (folder / "vocab.json", folder / "merges.txt")
     if not whole.is_file() and not all(part.is_file() for part in parts):
-        raise InputError(
-            f"{whole}: not found (nor vocab.json and merges.txt); the tokenizer's files belong there"
-        )
+        raise InputError(f"{whole}: not found (nor vocab.json and merges.txt); the tokenizer's files belong there")
     try:
         return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing more special for a bad file

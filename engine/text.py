@@ -158,8 +158,7 @@ def load_conditioner(
     rows = config.text_config.vocab_size
     if len(tokenizer) > rows:
         raise InputError(
-            f"{processor}: the tokenizer has {len(tokenizer)} tokens, "
-            f"the text model in {text_encoder} only {rows}"
+            f"{processor}: the tokenizer has {len(tokenizer)} tokens, the text model in {text_encoder} only {rows}"
         )
     model = load_model(text_encoder, device, dtype)  # last: it takes the longest
     return Conditioner(model, tokenizer, image_processor, variant, fix_quotes=fix_quotes)

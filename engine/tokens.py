@@ -30,9 +30,7 @@ class Prompt:
 class Tokens:
     """Tokenises instructions the way one variant does. Holds no state; any number of threads may share it."""
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerFast", variant: Variant, *, fix_quotes: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", variant: Variant, *, fix_quotes: bool = False) -> None:
         """Raises InputError if the tokenizer has no picture tokens or the variant's template does not fit."""
         # The Rust object itself: transformers' wrapper sets state on it at each call; threads trip over it.
         self._backend = tokenizer.backend_tokenizer
@@ -70,9 +68,7 @@ class Tokens:
         else:
             ids, quoted = self._paired(chat)
         if ids.count(self.image_pad) != 1:
-            raise InputError(
-                "the instruction contains <|image_pad|>, which stands for the picture: remove it"
-            )
+            raise InputError("the instruction contains <|image_pad|>, which stands for the picture: remove it")
         pad = ids.index(self.image_pad)
         return Prompt(
             ids=[*ids[:pad], *[self.image_pad] * image_tokens, *ids[pad + 1 :]],

@@ -16,9 +16,7 @@ def pre_size(width: int, height: int, factor: int) -> tuple[int, int]:
     """The size that v1.0 and v1.1 give a picture before the processor sees it."""
     columns = max(factor, round(width / factor) * factor)
     rows = max(factor, round(height / factor) * factor)
-    return _limited(
-        (width, height), (columns, rows), factor, PRE_MIN_TOKENS * factor**2, PRE_MAX_TOKENS * factor**2
-    )
+    return _limited((width, height), (columns, rows), factor, PRE_MIN_TOKENS * factor**2, PRE_MAX_TOKENS * factor**2)
 
 
 def processor_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

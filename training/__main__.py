@@ -53,9 +53,7 @@ def tiny(
     try:
         if output.exists():
             raise InputError(f"{output}: exists already; nothing is overwritten")
-        run = Run(
-            recipe=chosen, photos=photos, folder=folder, hours=hours, device=place, seed=seed, init=init
-        )
+        run = Run(recipe=chosen, photos=photos, folder=folder, hours=hours, device=place, seed=seed, init=init)
         vae, editor = run_training(run)
         write_bundle(output, editor.dit, vae, editor.text)
     except ValueError as error:

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from step1x.engine.vae import VAE, ResnetBlock, VAEConfig
 
-HOLD = (
-    4.0  # constant channels of +-HOLD beside signals of deviation 1 hold a group's scale within some percent
-)
+HOLD = 4.0  # constant channels of +-HOLD beside signals of deviation 1 hold a group's scale within some percent
 LOGVAR = -6.0  # posterior deviation 0.05 beside latents of deviation 1
 
 
@@ -49,8 +47,7 @@ class LinearChain(nn.Module):
             for a, b, size, stride in (*down, (c2, latent, 3, 2))
         )
         self.up = nn.ModuleList(
-            nn.Conv2d(a, b, size, padding=size // 2)
-            for a, b, size in (*up, (features, config.in_channels, 3))
+            nn.Conv2d(a, b, size, padding=size // 2) for a, b, size in (*up, (features, config.in_channels, 3))
         )
         for conv in (*self.down, *self.up):
             nn.init.orthogonal_(conv.weight.view(conv.out_channels, -1))
@@ -117,9 +114,7 @@ def pairs(width: int, groups: int, signals: int) -> tuple[list[int], list[int], 
     return plus, [channel + 1 for channel in plus], held, [channel + 1 for channel in held]
 
 
-def _write_pairs(
-    into: nn.Conv2d, signal: nn.Conv2d | None, norms: list[nn.GroupNorm], out: nn.Conv2d
-) -> None:
+def _write_pairs(into: nn.Conv2d, signal: nn.Conv2d | None, norms: list[nn.GroupNorm], out: nn.Conv2d) -> None:
     """Make `into` (1x1) emit +-signals and holds, `norms` near identities, and `out` (the last reader) a difference.
 
     signal: the 1x1 convolution whose rows are the signals; None: the first input channels are the signals.

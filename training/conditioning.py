@@ -21,9 +21,7 @@ class TextSide(nn.Module):
     step as a batch of one.
     """
 
-    def __init__(
-        self, conditioner: Conditioner, tokenizer: "PreTrainedTokenizerFast", variant: Variant
-    ) -> None:
+    def __init__(self, conditioner: Conditioner, tokenizer: "PreTrainedTokenizerFast", variant: Variant) -> None:
         super().__init__()
         self.model = conditioner.model
         self.conditioner = conditioner
@@ -42,9 +40,7 @@ class TextSide(nn.Module):
         for row, sequence in enumerate(ids):
             values = torch.tensor(sequence)
             table[row, : len(sequence)] = values
-            positions[:, row, : len(sequence)] = rope_positions(
-                values, self.conditioner.tokens.image_pad, grid
-            )
+            positions[:, row, : len(sequence)] = rope_positions(values, self.conditioner.tokens.image_pad, grid)
         table, positions = table.to(device), positions.to(device)
         language = self.model.language_model
         head = language(

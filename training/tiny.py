@@ -92,9 +92,7 @@ def new_text(recipe: Recipe, seed: int) -> TextSide:
     torch.manual_seed(seed)
     texts = [PREFIX_V1, "You are a helpful assistant.", "Picture 1: user assistant system", *all_wordings()]
     tokenizer = train_tokenizer(texts * 4, recipe.vocabulary)
-    variant = recipe.variant.override(
-        {"template_tokens": count_template_tokens(tokenizer, recipe.variant.prefix)}
-    )
+    variant = recipe.variant.override({"template_tokens": count_template_tokens(tokenizer, recipe.variant.prefix)})
     model = small_text_model(tokenizer, **recipe.text)
     processor = Qwen2VLImageProcessorPil(
         min_pixels=variant.min_pixels, max_pixels=variant.max_pixels, patch_size=14, merge_size=2
@@ -348,9 +346,7 @@ def editor_loss(
             break
     canvas = stage.canvases[int(random.integers(len(stage.canvases)))]
     pairs = pools[canvas].draw(random, stage.batch, recipe.refresh)
-    instructions = [
-        "" if random.random() < recipe.drop_instruction else words for words in pairs.instructions
-    ]
+    instructions = ["" if random.random() < recipe.drop_instruction else words for words in pairs.instructions]
     device = editor.dit.device
     sigma = times(len(instructions), recipe.shift, generator).to(device)
     noise = torch.randn(pairs.target.shape, generator=generator).to(device)

@@ -33,9 +33,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 BYTES = 256
-PATCH = (
-    14  # patch, merge and window of the real vision tower (model.md §1.1): the picture path stays the same
-)
+PATCH = 14  # patch, merge and window of the real vision tower (model.md §1.1): the picture path stays the same
 MERGE = 2
 TEMPORAL_PATCH = 2
 WINDOW = 112

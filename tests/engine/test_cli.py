@@ -23,7 +23,6 @@ from step1x.engine.picture import Picture
 from step1x.engine.progress import Progress, terminal
 
 ROOT = Path(__file__).parents[2]
-BUNDLED = ROOT / "engine" / "bundled" / "step1x-tiny" / "model_index.json"
 
 
 class Engine:
@@ -353,7 +352,6 @@ def test_the_real_engine_takes_what_we_pass(engine, folder, monkeypatch):
     inspect.signature(Real.edit).bind(None, source, instruction, **options)
 
 
-@pytest.mark.skipif(not BUNDLED.is_file(), reason="the bundled checkpoint is not trained yet")
 def test_a_real_edit_and_the_same_bytes_again(folder):
     ramp = np.linspace(0, 255, 160).round().astype(np.uint8)
     Image.fromarray(np.stack([ramp[None].repeat(120, 0)] * 3, -1)).save("ramp.png")

@@ -19,7 +19,6 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-BUNDLED = ROOT / "engine" / "bundled" / "step1x-tiny" / "model_index.json"
 GIGABYTE = 1 << 30
 
 
@@ -315,7 +314,6 @@ def test_a_full_disk_is_our_failure():
     assert done.stderr.startswith(b"error: no space left on device")
 
 
-@pytest.mark.skipif(not BUNDLED.is_file(), reason="the bundled checkpoint is not trained yet")
 class TestWithTheModel:
     """What is odd but right is edited; what only the model can refuse is refused like the rest."""
 

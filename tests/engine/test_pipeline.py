@@ -36,7 +36,14 @@ def small(preset: str, dtype: torch.dtype = torch.float32) -> Engine:
     tokenizer = train_tokenizer([row.prefix, "make it darker"], 300)
     cut = count_template_tokens(tokenizer, row.prefix)
     row = row.override(
-        {"template_tokens": cut, "text_tokens": 40, "min_pixels": 4 * 784, "max_pixels": 4 * 784, "size": 48, "steps": 3}
+        {
+            "template_tokens": cut,
+            "text_tokens": 40,
+            "min_pixels": 4 * 784,
+            "max_pixels": 4 * 784,
+            "size": 48,
+            "steps": 3,
+        }
     )
     sizes = {"vision_hidden": 16, "vision_depth": 1, "vision_heads": 2, "vision_intermediate": 16}
     model = small_text_model(tokenizer, hidden=32, layers=1, heads=2, kv_heads=1, intermediate=32, **sizes)

@@ -64,9 +64,7 @@ def test_golden_pair_segments() -> None:
         _, chat, _, head = chat_strings(templates, case)
         expected = case["v1p2_quotation_only"]
         segments = pair_segments(chat, case["v1p2_prefix_len"])
-        assert [text for text, _ in segments] == [
-            text.replace("{HEAD}", head) for text in expected["segments"]
-        ]
+        assert [text for text, _ in segments] == [text.replace("{HEAD}", head) for text in expected["segments"]]
         assert "".join(str(int(quoted)) for _, quoted in segments) == expected["in_quotation"]
     print(f"golden split_string.json v1p2_quotation_only worst=0 ({len(cases)} texts equal)")
 
@@ -125,9 +123,7 @@ def test_pair_segments_join_to_the_text(text: str) -> None:
 def test_balanced_quotations_are_flagged_whole(parts: list[tuple[str, str, str]]) -> None:
     text = "x" + "".join(f"{before}{quotes[0]}{inside}{quotes[1]}" for before, quotes, inside in parts)
     segments = pair_segments(text, 0)
-    assert "".join(segment for segment, quoted in segments if quoted) == "".join(
-        inside for _, _, inside in parts
-    )
+    assert "".join(segment for segment, quoted in segments if quoted) == "".join(inside for _, _, inside in parts)
     assert not any(quoted for _, quoted in pair_segments(text, len(text)))
     assert stray_quotes(text) == frozenset()
 

@@ -89,9 +89,7 @@ OLD_KEYS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("spelling", list(OLD_KEYS))
 def test_loads_an_old_sharded_snapshot(model: Qwen2_5_VLModel, folder: Path, spelling: str) -> None:
-    tensors = {
-        OLD_KEYS[spelling](key): value for key, value in load_file(folder / "model.safetensors").items()
-    }
+    tensors = {OLD_KEYS[spelling](key): value for key, value in load_file(folder / "model.safetensors").items()}
     tensors["lm_head.weight"] = torch.zeros(3, 3)  # never looked at
     tensors["visual.rotary_pos_emb.inv_freq"] = torch.zeros(2)
     names = sorted(tensors)

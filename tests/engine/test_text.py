@@ -141,9 +141,7 @@ def test_v12_keeps_embeddings_quotes_and_signed_ids(model: Qwen2_5_VLModel, imag
 def test_long_instructions_are_cut(model: Qwen2_5_VLModel, image: Image.Image, variant: Variant) -> None:
     long = "make the sky blue and " * 40
     read = []
-    hook = model.language_model.embed_tokens.register_forward_hook(
-        lambda _, inputs, __: read.append(inputs[0])
-    )
+    hook = model.language_model.embed_tokens.register_forward_hook(lambda _, inputs, __: read.append(inputs[0]))
     [encoded] = conditioner(model, variant).encode(image, [long])
     hook.remove()
     assert [len(ids) for ids in read] == [variant.template_tokens + 70]  # nothing behind the cut is computed
@@ -155,9 +153,7 @@ def test_long_instructions_are_cut(model: Qwen2_5_VLModel, image: Image.Image, v
 
 
 @BOTH
-def test_prompts_of_one_call_do_not_meet(
-    model: Qwen2_5_VLModel, image: Image.Image, variant: Variant
-) -> None:
+def test_prompts_of_one_call_do_not_meet(model: Qwen2_5_VLModel, image: Image.Image, variant: Variant) -> None:
     encoder = conditioner(model, variant)
     seen = []
     hook = model.visual.register_forward_hook(lambda *_: seen.append(1))
@@ -253,18 +249,14 @@ def test_loaded_from_files_it_is_the_same(model: Qwen2_5_VLModel, image: Image.I
 
 
 def test_fix_quotes_is_an_option_of_loading(model: Qwen2_5_VLModel, tmp_path: Path) -> None:
-    save_text_model(
-        model, TOKENIZER, tmp_path, tmp_path, min_pixels=1, max_pixels=9
-    )  # one folder: official layout
+    save_text_model(model, TOKENIZER, tmp_path, tmp_path, min_pixels=1, max_pixels=9)  # one folder: official layout
     strict = load_conditioner(tmp_path, tmp_path, V11, "cpu", None)
     repaired = load_conditioner(tmp_path, tmp_path, V11, "cpu", None, fix_quotes=True)
     assert strict.model.dtype == torch.float32  # as stored
     assert len(repaired.tokenise("the cat's eyes", 1)) < len(strict.tokenise("the cat's eyes", 1))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
-    model: Qwen2_5_VLModel, tmp_path: Path
-) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model: Qwen2_5_VLModel, tmp_path: Path) -> None:
     save_text_model(model, TOKENIZER, tmp_path / "te", tmp_path / "pr", min_pixels=1, max_pixels=9)
     train_tokenizer((PREFIX_V1, PREFIX_V12) * 3, 700).save_pretrained(str(tmp_path / "pr"))
     with pytest.raises(InputError, match=r"the tokenizer has \d+ tokens"):

@@ -137,9 +137,7 @@ def test_wrappers_stay_where_they_merge_with_the_character() -> None:
     """§1.4: in Qwen's vocabulary `“A` and `.”` are tokens, so `A` and `.` keep their wrapper, unlike `B`."""
     tokenizer = handmade(("“", "A"), (".", "”"))
     ids = Tokens(tokenizer, fitted(OFFICIAL_V11, tokenizer)).tokenise('"BA."', 1).ids
-    pieces = tokenizer.convert_ids_to_tokens(
-        ids[ids.index(tokenizer.convert_tokens_to_ids("<|vision_end|>")) :]
-    )
+    pieces = tokenizer.convert_ids_to_tokens(ids[ids.index(tokenizer.convert_tokens_to_ids("<|vision_end|>")) :])
     opening, closing = byte_level("“"), byte_level("”")
     assert pieces[1:8] == ['"', "B", f"{opening}A", closing, opening, f".{closing}", '"']
 

@@ -114,9 +114,7 @@ def test_widths_that_do_not_fit_are_refused(change: dict[str, int], message: str
 def test_saved_model_loads_with_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = small_text_model(TOKENIZER, **SIZES).to(torch.bfloat16)
-    save_text_model(
-        model, TOKENIZER, tmp_path / "text_encoder", tmp_path / "processor", min_pixels=9, max_pixels=99
-    )
+    save_text_model(model, TOKENIZER, tmp_path / "text_encoder", tmp_path / "processor", min_pixels=9, max_pixels=99)
     assert sorted(path.name for path in tmp_path.glob("*/*")) == [
         "config.json",
         "model.safetensors",
