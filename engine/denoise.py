@@ -117,11 +117,10 @@ def _time(now: float, latents: Tensor, variant: Variant) -> Tensor:
 
 def _euler(latents: Tensor, prediction: Tensor, times: tuple[float, float], variant: Variant) -> Tensor:
     """One Euler step from t to the next; `latents` keep, gain or return to a dtype as the variant's do (§5.4)."""
-    now, following = times
-    wide = torch.promote_types(latents.dtype, torch.float32)
+    length = times[1] - times[0]  # of Python floats, as in the official loop: only the model sees t rounded
     if variant.dtype_flow == "autocast-state":
-        difference = torch.tensor(following, dtype=latents.dtype) - torch.tensor(now, dtype=latents.dtype)
-        return latents + difference.to(latents.device) * prediction
-    stepped = latents.to(wide) + (following - now) * prediction.to(wide)
+        return latents + length * prediction
+    wide = torch.promote_types(latents.dtype, torch.float32)
+    stepped = latents.to(wide) + length * prediction.to(wide)
     # diffusers' scheduler steps in float32 and returns the prediction's dtype; the official v1.1 loop stays wide.
     return stepped.to(prediction.dtype) if variant.dtype_flow == "pure" else stepped

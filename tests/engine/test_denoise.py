@@ -256,12 +256,7 @@ def test_a_constant_velocity_is_followed_exactly(row: Variant, steps: int) -> No
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(
-            OFFICIAL_V10,
-            marks=pytest.mark.xfail(
-                strict=True, reason="denoise._euler rounds both times to bf16 before it subtracts them"
-            ),
-        ),
+        OFFICIAL_V10,
         OFFICIAL_V11,
         DIFFUSERS,
     ],
