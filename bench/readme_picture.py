@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from step1x.engine import Engine
 
-INSTRUCTIONS = ("make it black and white", "add a red circle at the top left", "invert the colours")
+INSTRUCTIONS = ("increase the contrast", "decrease the contrast")
 SIZE = (340, 228)
 
 

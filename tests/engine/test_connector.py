@@ -26,9 +26,12 @@ def connector(config: ConnectorConfig = SMALL, dtype: torch.dtype = torch.float3
     return Connector(config).to(dtype).requires_grad_(False)
 
 
-def tokens(batch: int = 2, length: int = 7, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(6)
-    return torch.randn(batch, length, SMALL.in_channels, generator=generator).to(dtype)
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(6))
+
+
+def tokens(batch: int = 2, length: int = 7) -> Tensor:
+    return random(batch, length, SMALL.in_channels)
 
 
 def mask(*valid: int, length: int = 7) -> Tensor:
@@ -138,8 +141,17 @@ def test_no_blocks() -> None:
 @pytest.mark.parametrize("heads", [1, 4, 20])
 def test_any_number_of_heads(heads: int) -> None:
     model = connector(replace(SMALL, heads=heads))
-    rows = model(model.prepare(tokens(3), mask(3, 7, 1)), torch.tensor([0.1, 0.2, 0.3]))
-    assert rows.shape == (3, 7, 20)
+    block = model.S.individual_token_refiner.blocks[0]
+    rows = random(3, 7, 20)
+    visible = visible_pairs(mask(3, 7, 1))
+    q, k, v = block.self_attn_qkv(block.norm1(rows)).split(20, dim=-1)
+    outputs = []
+    for columns in torch.arange(20).split(20 // heads):
+        scores = q[..., columns] @ k[..., columns].mT / (20 // heads) ** 0.5
+        weights = scores.masked_fill(~visible[:, 0], -torch.inf).softmax(-1)
+        outputs.append(weights @ v[..., columns])
+    wanted = block.self_attn_proj(torch.cat(outputs, dim=-1))
+    torch.testing.assert_close(block.attention(rows, visible), wanted)
 
 
 def test_heads_must_divide_the_width() -> None:
@@ -158,11 +170,11 @@ def test_dtypes(dtype: torch.dtype, bound: float) -> None:
     assert (got.double() - wanted).abs().max() <= bound * wanted.abs().max()
 
 
-def test_mean_is_summed_in_float32() -> None:
-    """640 ones and a bias of bf16 sums would stall at 256."""
+def test_mean_of_many_half_precision_tokens() -> None:
     model = connector(dtype=torch.bfloat16)
     text = torch.ones(1, 640, SMALL.in_channels, dtype=torch.bfloat16)
-    pooled = model.prepare(text, torch.ones(1, 640, dtype=torch.long)).pooled
+    text[:, 500:] = 7.0
+    pooled = model.prepare(text, mask(500, length=640)).pooled
     torch.testing.assert_close(pooled, model.global_proj_out(text[:, 0]))
 
 

@@ -246,6 +246,11 @@ def test_rope_keeps_half_precision_and_far_positions_exact() -> None:
     cos, sin = rope_tables(far, (4, 6, 6), 10000.0)
     assert cos.dtype == sin.dtype == torch.float32
     exact = rope_tables(far, (4, 6, 6), 10000.0, torch.float64)
+    frequencies = [10000.0 ** (-2 * k / width) for width in (4, 6, 6) for k in range(width // 2)]
+    angles = far.double().repeat_interleave(torch.tensor([2, 3, 3]), dim=-1) * torch.tensor(
+        frequencies, dtype=torch.float64
+    )
+    torch.testing.assert_close(exact[0][:, 0], angles.cos(), atol=1e-9, rtol=0)
     torch.testing.assert_close(cos.double(), exact[0], atol=1e-7, rtol=0)
     got = apply_rope(x, (cos, sin))
     assert got.dtype == torch.bfloat16

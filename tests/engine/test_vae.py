@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from step1x.engine.vae import VAE, VAEConfig
+from step1x.engine.vae import VAE, Downsample, VAEConfig
 
 SMALL = VAEConfig(
     in_channels=3,
@@ -44,6 +44,19 @@ def test_the_border_that_does_not_fill_a_cell_still_counts() -> None:
     changed = image.clone()
     changed[:, :, 16:] = 1.0
     assert not torch.allclose(vae.encode(image), vae.encode(changed))
+
+
+def test_halving_pads_right_and_below() -> None:
+    down = Downsample(1).requires_grad_(False)
+    down.conv.bias.zero_()
+    x = torch.arange(24.0).view(1, 1, 4, 6)
+    for corner, wanted in (((0, 0), x[..., ::2, ::2]), ((1, 1), x[..., 1::2, 1::2])):
+        down.conv.weight.zero_()
+        down.conv.weight[0, 0, *corner] = 1.0
+        assert torch.equal(down(x), wanted)
+    down.conv.weight.zero_()
+    down.conv.weight[0, 0, 2, 2] = 1.0
+    assert down(x)[0, 0].tolist() == [[14, 16, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(("widths", "factor"), [((4,), 1), ((4, 6), 2), ((4, 6, 8), 4), ((4, 6, 8, 8), 8)])
