@@ -136,10 +136,8 @@ def _snapshot(repository: str, revision: str | None) -> tuple[Path, str]:
     A revision is resolved to its commit first, so all files are of one state. Without network (or with the
     Hub's own offline switch) the cached copy is used.
     """
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -157,7 +155,7 @@ def _snapshot(repository: str, revision: str | None) -> tuple[Path, str]:
         raise InputError(f"{asked}: no such folder, and no such repository on the Hub (or no access)") from None
     except LocalEntryNotFoundError:
         raise InputError(f"{asked}: no such folder, not in the Hub cache, and the Hub cannot be reached") from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # the Hub's own, the disk's, or the transport's: httpx in its version 1, httpx2 in 2
         raise InputError(f"{asked}: cannot be fetched from the Hub: {_first_line(error)}") from None
     return path, f"{repository}@{path.name}"
 
