@@ -97,12 +97,8 @@ class Conditioner:
         if variant.pre_resize:
             picture = image.resize(pre_size(*image.size, factor), Resampling.BICUBIC)
         width, height = processor_size(*picture.size, factor, variant.min_pixels, variant.max_pixels)
-        pixels = self._image_processor(
-            images=[picture],
-            min_pixels=variant.min_pixels,
-            max_pixels=variant.max_pixels,
-            return_tensors="pt",
-        )["pixel_values"]
+        limits = {"shortest_edge": variant.min_pixels, "longest_edge": variant.max_pixels}
+        pixels = self._image_processor(images=[picture], size=limits, return_tensors="pt")["pixel_values"]
         grid = Grid(height // factor, width // factor, factor, *image.size)
         return pixels, grid
 

@@ -94,9 +94,7 @@ def new_text(recipe: Recipe, seed: int) -> TextSide:
     tokenizer = train_tokenizer(texts * 4, recipe.vocabulary)
     variant = recipe.variant.override({"template_tokens": count_template_tokens(tokenizer, recipe.variant.prefix)})
     model = small_text_model(tokenizer, **recipe.text)
-    processor = Qwen2VLImageProcessorPil(
-        min_pixels=variant.min_pixels, max_pixels=variant.max_pixels, patch_size=14, merge_size=2
-    )
+    processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2)  # the limits are given at each call
     return TextSide(Conditioner(model, tokenizer, processor, variant), tokenizer, variant)
 
 
