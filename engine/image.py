@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from step1x.engine.errors import InputError
+from step1x.engine.variants import Resize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,10 +85,10 @@ def to_image(pixels: Tensor, truncate: bool) -> "Image":
     unit = (pixels.float() * 0.5 + 0.5).clamp(0, 1)
     levels = (unit * 255).to(torch.uint8) if truncate else (unit * 255).round().to(torch.uint8)
     array = levels.permute(1, 2, 0).contiguous().cpu()
-    return Image.frombytes("RGB", (array.shape[1], array.shape[0]), bytes(array.untyped_storage()))
+    return Image.frombytes("RGB", (array.shape[1], array.shape[0]), array.numpy().tobytes())
 
 
-def resized(image: "Image", canvas: Canvas, resize: str) -> "Image":
+def resized(image: "Image", canvas: Canvas, resize: Resize) -> "Image":
     """The picture at the canvas' size as the text model sees it; `resize` as in `Variant` (§5.1, §1.9)."""
     from PIL.Image import Resampling
 
@@ -95,7 +96,7 @@ def resized(image: "Image", canvas: Canvas, resize: str) -> "Image":
     return image if image.size == (canvas.width, canvas.height) else image.resize((canvas.width, canvas.height), method)
 
 
-def pixels(image: "Image", canvas: Canvas, resize: str) -> Tensor:
+def pixels(image: "Image", canvas: Canvas, resize: Resize) -> Tensor:
     """The picture as the autoencoder sees it: (1, 3, height, width) float32 in [-1, 1]."""
     if resize != "bilinear-antialias":
         return to_tensor(resized(image, canvas, resize)) * 2 - 1

@@ -18,7 +18,7 @@ def shift(tokens: int) -> float:
 def timesteps(steps: int, tokens: int, strength: float | None = None) -> Tensor:
     """The steps + 1 points of the schedule from 1 to 0, float32, shifted for `tokens` target tokens.
 
-    With `strength` in (0, 1] (img2img, §5.5) only the last int(strength * steps) steps remain, at least one.
+    With `strength` in (0, 1] (img2img, §5.5) the first int((1 - strength) * steps) steps fall away; at least one stays.
     Raises ValueError for steps < 1 or a strength outside (0, 1].
     """
     if steps < 1:

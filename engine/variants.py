@@ -43,6 +43,9 @@ NEGATIVE_T2I = (
 )
 
 
+Resize = Literal["bicubic", "lanczos", "bilinear-antialias"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
     """One way to run Step1X-Edit: a released version as its own code runs it."""
@@ -61,7 +64,7 @@ class Variant:
     max_pixels: int
     signed_text_ids: bool  # §1.9: text RoPE ids that are not zero
     # picture (§5.1)
-    resize: Literal["bicubic", "lanczos", "bilinear-antialias"]
+    resize: Resize
     truncate_output: bool  # float -> byte by truncation (official) or rounding (diffusers)
     reference_ids: tuple[int, int, int]  # added to the (0, row, col) ids of the reference tokens (§3.7)
     clamp_logvar: bool  # diffusers clamps the posterior's log variance to [-30, 20] (§4)
