@@ -70,7 +70,6 @@ def load_photos(folder: Path, size: int) -> dict[str, Picture]:
 def score(name: str, one: Sample, result: Picture) -> Score:
     outside = None
     if one.region is not None:
-        # Tokens are 16 pixels: what touches the shape's own tokens is the edit's business, the rest is not.
         outside = psnr(result, one.target, (one.region == 0).astype(np.float32))
     return Score(
         family=one.family,

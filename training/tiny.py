@@ -183,17 +183,17 @@ def train_autoencoder(run: Run, photographs: Photographs) -> VAE:
                 bar.update(task, completed=clock.done, figure=f"{-10 * math.log10(error.item() / 4):.1f} dB")
             if time.monotonic() - last > SAVE_SECONDS:
                 last = time.monotonic()
-                save_vae(path, vae, optimizer, average, step, clock, finished=False)
+                save_stage(path, vae, optimizer, average, step, clock, finished=False)
     vae.load_state_dict(average.values)
     autoencoder.whiten(vae, next(batches))
     average.values = state.tensors(vae)
-    save_vae(path, vae, optimizer, average, step, clock, finished=True)
+    save_stage(path, vae, optimizer, average, step, clock, finished=True)
     return vae.eval()
 
 
-def save_vae(
+def save_stage(
     path: Path,
-    vae: VAE,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: state.Average,
     step: int,
@@ -202,7 +202,7 @@ def save_vae(
     finished: bool,
 ) -> None:
     values: dict[str, Any] = {
-        "model": vae.state_dict(),
+        "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "ema": average.values,
         "step": step,
@@ -284,28 +284,10 @@ def train_editor(run: Run, photographs: Photographs, vae: VAE) -> Editor:
                 bar.update(task, completed=clock.done, figure=f"step {step} loss {smooth:.4f}")
             if time.monotonic() - last > SAVE_SECONDS:
                 last = time.monotonic()
-                save_editor(path, editor, optimizer, average, step, clock)
-    save_editor(path, editor, optimizer, average, step, clock)
+                save_stage(path, editor, optimizer, average, step, clock, finished=clock.done >= 1)
+    save_stage(path, editor, optimizer, average, step, clock, finished=clock.done >= 1)
     editor.load_state_dict(average.values)
     return editor.eval()
-
-
-def save_editor(
-    path: Path,
-    editor: Editor,
-    optimizer: torch.optim.Optimizer,
-    average: state.Average,
-    step: int,
-    clock: Clock,
-) -> None:
-    values = {
-        "model": editor.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "ema": average.values,
-        "step": step,
-        "used": clock.used,
-    }
-    state.save(path, values)
 
 
 def make_pools(

@@ -4,18 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from step1x.engine.vae import VAE, VAEConfig
+from step1x.engine.vae import VAE
 from step1x.training.autoencoder import LinearChain, loss, pairs, start_linear, whiten, write_chain
+from step1x.training.recipe import CPU
 
-CONFIG = VAEConfig(
-    in_channels=3,
-    channels=(24, 32, 64, 96),
-    res_blocks=1,
-    z_channels=16,
-    groups=4,
-    scale_factor=1.0,
-    shift_factor=0.0,
-)
+CONFIG = CPU.vae
 
 
 def batches() -> Iterator[Tensor]:
