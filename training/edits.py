@@ -23,20 +23,21 @@ COLOURS = {
     "orange": ("橙色", (0.98, 0.55, 0.10)),
 }
 SHAPES = {"circle": ("圆", "圆形"), "square": ("方块", "正方形")}
+NEAR, FAR = 0.2, 0.8  # centres of the outer places
 # name -> (Chinese, centre as fractions of width and height)
 PLACES = {
-    "top left": ("左上角", (1 / 6, 1 / 6)),
-    "top": ("上方", (1 / 2, 1 / 6)),
-    "top right": ("右上角", (5 / 6, 1 / 6)),
-    "left": ("左边", (1 / 6, 1 / 2)),
-    "centre": ("中间", (1 / 2, 1 / 2)),
-    "right": ("右边", (5 / 6, 1 / 2)),
-    "bottom left": ("左下角", (1 / 6, 5 / 6)),
-    "bottom": ("下方", (1 / 2, 5 / 6)),
-    "bottom right": ("右下角", (5 / 6, 5 / 6)),
+    "top left": ("左上角", (NEAR, NEAR)),
+    "top": ("上方", (0.5, NEAR)),
+    "top right": ("右上角", (FAR, NEAR)),
+    "left": ("左边", (NEAR, 0.5)),
+    "centre": ("中间", (0.5, 0.5)),
+    "right": ("右边", (FAR, 0.5)),
+    "bottom left": ("左下角", (NEAR, FAR)),
+    "bottom": ("下方", (0.5, FAR)),
+    "bottom right": ("右下角", (FAR, FAR)),
 }
 HALVES = {"left": "左半边", "right": "右半边", "top": "上半部分", "bottom": "下半部分"}
-RADIUS = 0.14  # of the shorter side: half the extent of an added shape
+RADIUS = 0.19  # of the shorter side: half the extent of an added shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ GLOBAL: dict[str, tuple[Callable[[Picture], Picture], Sequence[str], Sequence[st
         ("模糊图片", "让图片变模糊"),
     ),
     "increase_contrast": (
-        lambda p: (p - np.float32(0.5)) * np.float32(1.6) + np.float32(0.5),
+        lambda p: (p - np.float32(0.5)) * np.float32(1.8) + np.float32(0.5),
         ("increase the contrast", "more contrast", "make the contrast stronger"),
         ("提高对比度", "增强对比度"),
     ),
@@ -132,11 +133,8 @@ def coverage(shape: str, centre: tuple[float, float], size: tuple[int, int]) -> 
     radius = RADIUS * min(height, width)
     x = np.arange(width, dtype=np.float32)[None] + np.float32(0.5 - centre[0] * width)
     y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - centre[1] * height)
-    if shape == "circle":
-        distance = np.sqrt(x * x + y * y) - radius
-    else:
-        distance = np.maximum(np.abs(x), np.abs(y)) - radius * np.float32(0.9)
-    return np.clip(0.5 - distance, 0, 1).astype(np.float32)
+    reach = np.sqrt(x * x + y * y) if shape == "circle" else np.maximum(np.abs(x), np.abs(y))
+    return np.clip(0.5 - (reach - radius), 0, 1).astype(np.float32)
 
 
 def painted(picture: Picture, cover: Picture, colour: str) -> Picture:
@@ -165,7 +163,7 @@ def _tint(picture: Picture, random: Random, chinese: float) -> Sample:
         (f"加上{name}色调", f"染成{name}"),
         chinese,
     )
-    target = picture * np.float32(0.6) + np.float32(0.4) * rgb(colour) * (0.35 + luma(picture))
+    target = picture * np.float32(0.5) + np.float32(0.5) * rgb(colour) * (0.35 + luma(picture))
     return Sample("tint", words, picture, target, None)
 
 

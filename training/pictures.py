@@ -22,11 +22,11 @@ class Photographs:
             raise ValueError(f"no photographs (.jpg, .png, .webp) in {folder}")
         self.images = [Image.open(path).convert("RGB") for path in paths]
 
-    def crop(self, random: Random, height: int, width: int) -> Picture:
-        """One picture (height, width, 3): at least 35 % of a photograph's shorter side, seldom upscaled."""
+    def crop(self, random: Random, height: int, width: int, least: float = 0.35) -> Picture:
+        """One picture (height, width, 3): at least `least` of the largest crop of a photograph, seldom upscaled."""
         image = self.images[int(random.integers(len(self.images)))]
         largest = min(image.width / width, image.height / height)
-        smallest = min(largest, max(1.0, 0.35 * largest))
+        smallest = min(largest, max(1.0, least * largest))
         scale = np.exp(random.uniform(np.log(smallest), np.log(largest)))
         box_width, box_height = width * scale, height * scale
         left = random.uniform(0, max(image.width - box_width, 0))
@@ -68,8 +68,10 @@ def scene(random: Random, height: int, width: int) -> Picture:
     return np.asarray(image, dtype=np.float32) / 255
 
 
-def picture(photographs: Photographs, random: Random, height: int, width: int, scenes: float) -> Picture:
+def picture(
+    photographs: Photographs, random: Random, height: int, width: int, scenes: float, least: float = 0.35
+) -> Picture:
     """A procedural scene with probability `scenes`, else a crop of a photograph."""
     if random.random() < scenes:
         return scene(random, height, width)
-    return photographs.crop(random, height, width)
+    return photographs.crop(random, height, width, least)

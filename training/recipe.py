@@ -32,17 +32,18 @@ class Recipe:
     # autoencoder
     vae_share: float  # of the time
     chain_steps: int
-    vae_batch: int
-    vae_crops: tuple[int, ...]
+    vae_canvases: tuple[int, ...]  # sides of the pictures that windows are cut from
+    vae_crops: tuple[tuple[int, int], ...]  # (side, batch) of the windows
     vae_lr: float
     # transformer, connector and text model
     stages: tuple[Stage, ...]
     lr: float
     scale_lr: float  # of the QK norms' scales
-    text_lr: float  # of the text model: its weights are small, so steps of lr would shake it
+    text_lr: float  # of the text model: at faster rates it drifts as a whole, and instructions grow alike
     weight_decay: float
     ema: float
-    shift: float
+    shift: float  # of the noise levels: an edit is decided near 1, where only the reference shows the picture
+    spread: float
     drop_instruction: float
     local_weight: float  # how much oftener a local family is drawn
     scenes: float  # share of procedural pictures
@@ -63,7 +64,7 @@ def dit_config(width: int, double: int, single: int, text_width: int) -> DiTConf
         pooled_channels=128,
         timestep_channels=256,
         rope_axes=(8, 12, 12),
-        rope_theta=10000.0,
+        rope_theta=10.0,
         connector=ConnectorConfig(
             in_channels=text_width,
             hidden_size=128,
@@ -118,24 +119,26 @@ CPU = Recipe(
     variant=TINY_VARIANT,
     vae_share=0.2,
     chain_steps=600,
-    vae_batch=16,
-    vae_crops=(64,),
+    vae_canvases=(128, 256),
+    vae_crops=((128, 4), (128, 4), (256, 1)),
     vae_lr=4e-4,
     stages=(
-        Stage(canvases=((128, 128),), batch=16, share=0.62),
-        Stage(canvases=((256, 256), (128, 128), (288, 224), (224, 288), (192, 192)), batch=8, share=0.38),
+        Stage(canvases=((64, 64),), batch=16, share=0.2),
+        Stage(canvases=((128, 128),), batch=16, share=0.45),
+        Stage(canvases=((256, 256), (256, 256), (128, 128), (320, 208), (208, 320)), batch=8, share=0.35),
     ),
-    lr=8e-4,
-    scale_lr=1.5e-2,
-    text_lr=2e-4,
+    lr=1e-3,
+    scale_lr=6e-3,
+    text_lr=3e-5,
     weight_decay=0.01,
     ema=0.998,
-    shift=2.0,
-    drop_instruction=0.1,
+    shift=5.0,
+    spread=1.3,
+    drop_instruction=0.07,
     local_weight=2.0,
     scenes=0.15,
-    pool=384,
-    refresh=0.3,
+    pool=512,
+    refresh=0.12,
 )
 
 # Ten minutes of one data-centre GPU: a wider network, larger batches, more of the 256 level.
@@ -153,8 +156,7 @@ GPU = replace(
     ),
     dit=dit_config(256, 4, 6, 128),
     vae_share=0.3,
-    vae_batch=32,
-    vae_crops=(64, 128),
+    vae_crops=((128, 16), (256, 4)),
     stages=(
         Stage(canvases=((128, 128), (144, 112), (112, 144)), batch=128, share=0.6),
         Stage(canvases=((256, 256), (128, 128), (288, 224), (224, 288), (192, 192)), batch=48, share=0.4),

@@ -16,7 +16,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from step1x.engine.dit import DiT, DoubleBlock, SingleBlock
+from step1x.engine.dit import DiT, DiTConfig, DoubleBlock, Modulation, QKNorm, SingleBlock
 from step1x.engine.qwen import load_tokenizer
 from step1x.engine.text import Conditioner
 from step1x.engine.vae import VAE
@@ -24,14 +24,16 @@ from step1x.engine.variants import PREFIX_V1
 from step1x.engine.weights import load
 from step1x.training import autoencoder, state
 from step1x.training.conditioning import TextSide
-from step1x.training.edits import FAMILIES, all_wordings, sample
+from step1x.training.edits import FAMILIES, Picture, all_wordings, sample
 from step1x.training.flow import flow_loss, times
-from step1x.training.pairs import Pool, as_tensor
+from step1x.training.pairs import Pairs, Pool, as_tensor
 from step1x.training.pictures import Photographs, picture
 from step1x.training.recipe import Recipe
 from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
 
 SAVE_SECONDS = 60.0
+WHOLE = 0.8  # a picture the autoencoder learns from has the detail of at least this share of a photograph
+WINDOWS = 2  # cut from one picture for the autoencoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +105,7 @@ def new_editor(run: Run) -> "Editor":
     if run.init is None:
         text = new_text(run.recipe, run.seed)
         dit = DiT(run.recipe.dit, fp32_norms=text.variant.dtype_flow != "pure")
-        init_dit(dit)
+        init_dit(dit, text.variant.reference_ids)
         return Editor(dit, text).to(run.device)
     loaded = load(run.init, device=run.device, dtype=torch.float32)
     tokenizer = load_tokenizer(run.init / "processor")
@@ -111,35 +113,91 @@ def new_editor(run: Run) -> "Editor":
     return editor.requires_grad_(True).train()
 
 
-def init_dit(dit: DiT) -> None:
-    """Truncated-normal weights; gates, modulations and the output start at zero, so every block starts as identity."""
+GATE = 0.4  # of a fresh block's branches
+SCALE = 1.8  # of fresh QK norms
+LOOKING = 2  # heads of a fresh block that look from a target token at the reference token of its place
+POINTER = 3.0  # length of their constant in each of its channel pairs, against contents of deviation 0.5
+
+
+@torch.no_grad()
+def init_dit(dit: DiT, reference_ids: tuple[int, int, int]) -> None:
+    """Truncated-normal weights; modulations and the output start at zero.
+
+    Gates start at GATE, not 0, so that all blocks learn from the first step. A few heads get constant queries and keys
+    in the fastest channel pairs of each axis, turned against each other by the reference's offset: after rotation
+    they agree most where a token's counterpart in the reference stands, so copying need not be found first.
+    """
     for module in dit.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)
-    silent: list[nn.Module] = [dit.final_layer.linear, dit.final_layer.adaLN_modulation[1]]
-    for block in (*dit.double_blocks, *dit.single_blocks):
-        if isinstance(block, DoubleBlock):
-            silent += [block.img_mod.lin, block.txt_mod.lin]
-        elif isinstance(block, SingleBlock):
-            silent.append(block.modulation.lin)
-    for layer in silent:
+    for module in dit.modules():
+        if isinstance(module, QKNorm):
+            nn.init.constant_(module.query_norm.scale, SCALE)
+            nn.init.constant_(module.key_norm.scale, SCALE)
+        elif isinstance(module, Modulation):
+            nn.init.zeros_(module.lin.weight)
+            module.lin.bias.unflatten(0, (-1, dit.config.hidden_size))[2::3] = GATE
+        elif isinstance(module, DoubleBlock):
+            _point_at_reference(module.img_attn.qkv, dit.config, reference_ids)
+        elif isinstance(module, SingleBlock):
+            _point_at_reference(module.linear1, dit.config, reference_ids)
+    for layer in (dit.final_layer.linear, dit.final_layer.adaLN_modulation[1]):
         assert isinstance(layer, nn.Linear)
         nn.init.zeros_(layer.weight)
 
 
-def crops(run: Run, photographs: Photographs, batch: int) -> Iterator[Tensor]:
-    """Endless batches of pictures in [-1, 1], a third of them edited."""
+def _point_at_reference(layer: nn.Linear, config: DiTConfig, reference_ids: tuple[int, int, int]) -> None:
+    """Constant queries and keys of the first LOOKING heads of a layer whose first rows are q, k and v."""
+    width, head = config.hidden_size, config.head_dim
+    query, key = torch.zeros(head // 2, 2), torch.zeros(head // 2, 2)
+    start = 0
+    for axis, channels in enumerate(config.rope_axes):
+        for pair in range(1 if axis == 0 else 2):
+            angle = reference_ids[axis] * config.rope_theta ** (-2 * pair / channels)
+            query[start + pair] = POINTER * torch.tensor([math.cos(angle), math.sin(angle)])
+            key[start + pair, 0] = POINTER
+        start += channels // 2
+    heads = min(LOOKING, config.heads // 2)
+    for offset, constant in ((0, query), (width, key)):
+        rows = slice(offset, offset + heads * head)
+        layer.weight[rows] *= 0.5
+        layer.bias[rows] = constant.flatten().repeat(heads)
+
+
+@torch.no_grad()
+def centre_instructions(editor: "Editor", pairs: Pairs) -> None:
+    """Make what a batch's instructions differ in, not what they share, the scale of `vector_in`'s input.
+
+    Of a fresh text model's pooled vectors a tenth tells instructions apart; the rest is the template.
+    """
+    text = editor.text(pairs.patches, pairs.grid, pairs.instructions)
+    pooled = editor.dit.prepare(text).text.pooled
+    layer = editor.dit.vector_in.in_layer
+    layer.weight /= pooled.std(0).square().mean().sqrt()
+    layer.bias.copy_(-(layer.weight @ pooled.mean(0)))
+
+
+def crops(run: Run, photographs: Photographs) -> Iterator[Tensor]:
+    """Endless batches of windows of pictures in [-1, 1], a third of them edited.
+
+    Windows must not be small: attention and group norms then learn statistics that a whole picture does not have.
+
+    The pictures are of the sizes that will be edited, and a window is a piece of one: a whole photograph shrunk to a
+    window has far more detail in a pixel than the autoencoder will ever be shown.
+    """
     random, recipe = np.random.default_rng(run.seed), run.recipe
     while True:
-        side = recipe.vae_crops[int(random.integers(len(recipe.vae_crops)))]
-        made = [picture(photographs, random, side, side, recipe.scenes) for _ in range(batch)]
-        edited = [random.random() < 1 / 3 for _ in made]
-        names = [FAMILIES[int(random.integers(len(FAMILIES)))] for _ in made]
-        made = [
-            sample(name, one, random).target if edit else one
-            for one, edit, name in zip(made, edited, names, strict=True)
-        ]
+        side, batch = recipe.vae_crops[int(random.integers(len(recipe.vae_crops)))]
+        made: list[Picture] = []
+        while len(made) < batch:
+            canvas = max(side, recipe.vae_canvases[int(random.integers(len(recipe.vae_canvases)))])
+            whole = picture(photographs, random, canvas, canvas, recipe.scenes, WHOLE)
+            if random.random() < 1 / 3:
+                whole = sample(FAMILIES[int(random.integers(len(FAMILIES)))], whole, random).target
+            for _ in range(min(WINDOWS, batch - len(made))):
+                top, left = random.integers(0, canvas - side + 1, 2)
+                made.append(whole[top : top + side, left : left + side])
         yield as_tensor(made).to(run.device)
 
 
@@ -154,7 +212,7 @@ def train_autoencoder(run: Run, photographs: Photographs) -> VAE:
     if saved and saved["finished"]:
         vae.load_state_dict(saved["ema"])
         return vae.eval()
-    batches = crops(run, photographs, recipe.vae_batch)
+    batches = crops(run, photographs)
     clock = Clock(run.hours * 3600 * recipe.vae_share)
     if not saved:
         autoencoder.start_linear(vae, batches, recipe.chain_steps)
@@ -185,7 +243,7 @@ def train_autoencoder(run: Run, photographs: Photographs) -> VAE:
                 last = time.monotonic()
                 save_stage(path, vae, optimizer, average, step, clock, finished=False)
     vae.load_state_dict(average.values)
-    autoencoder.whiten(vae, next(batches))
+    autoencoder.whiten(vae, [next(batches) for _ in range(16)])
     average.values = state.tensors(vae)
     save_stage(path, vae, optimizer, average, step, clock, finished=True)
     return vae.eval()
@@ -254,25 +312,30 @@ def train_editor(run: Run, photographs: Photographs, vae: VAE) -> Editor:
     """Stage two; returns the averaged networks in eval mode."""
     recipe, path = run.recipe, run.folder / "editor.pt"
     editor = new_editor(run)
-    optimizer = optimizer_for(editor, recipe)
-    average = state.Average(editor, recipe.ema)
-    share = 1.0 if run.init else 1 - recipe.vae_share
-    clock, step = Clock(run.hours * 3600 * share), 0
     saved = state.load(path, run.device)
-    if saved:
-        editor.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average.values, average.steps, step = saved["ema"], saved["step"], saved["step"]
-        clock = Clock(clock.budget, saved["used"])
+    step = saved["step"] if saved else 0
     random = random_state(run.seed, step)
     generator = torch.Generator().manual_seed(run.seed + step)
     pools = make_pools(recipe, photographs, vae, editor.text.conditioner)
+    weights = autoencoder.channel_weights(vae, next(crops(run, photographs)), torch.Generator().manual_seed(run.seed))
+    if run.init is None and not saved:
+        first = pools[recipe.stages[0].canvases[0]]
+        centre_instructions(editor, first.draw(random, min(first.size, 256), 0.1))
+    optimizer = optimizer_for(editor, recipe)
+    average = state.Average(editor, recipe.ema)
+    share = 1.0 if run.init else 1 - recipe.vae_share
+    clock = Clock(run.hours * 3600 * share)  # starts here: what comes before is done again by each resumed run
+    if saved:
+        editor.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.values, average.steps = saved["ema"], step
+        clock = Clock(clock.budget, saved["used"])
     last, smooth = time.monotonic(), 0.0
     with progress() as bar:
         task = bar.add_task("editor", total=1.0, figure="")
         while clock.done < 1:
             set_rate(optimizer, clock.factor(step, 100))
-            loss = editor_loss(editor, recipe, pools, clock.done, random, generator)
+            loss = editor_loss(editor, recipe, pools, weights, clock.done, random, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
@@ -313,6 +376,7 @@ def editor_loss(
     editor: Editor,
     recipe: Recipe,
     pools: dict[tuple[int, int], Pool],
+    weights: Tensor,
     done: float,
     random: np.random.Generator,
     generator: torch.Generator,
@@ -328,12 +392,12 @@ def editor_loss(
     pairs = pools[canvas].draw(random, stage.batch, recipe.refresh)
     instructions = ["" if random.random() < recipe.drop_instruction else words for words in pairs.instructions]
     device = editor.dit.device
-    sigma = times(len(instructions), recipe.shift, generator).to(device)
+    sigma = times(len(instructions), recipe.shift, recipe.spread, generator).to(device)
     noise = torch.randn(pairs.target.shape, generator=generator).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         text = editor.text(pairs.patches, pairs.grid, instructions)
         losses = flow_loss(
-            editor.dit, text, (pairs.source, pairs.target), editor.text.variant.reference_ids, sigma, noise
+            editor.dit, text, (pairs.source, pairs.target), editor.text.variant.reference_ids, sigma, noise, weights
         )
     return losses.mean()
 

@@ -129,6 +129,7 @@ def small_text_model(  # noqa: PLR0913  one keyword per size of the network
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "rms_norm_eps": 1e-6,
+            "initializer_range": 0.05,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": ROPE_THETA,

@@ -49,7 +49,7 @@ def test_whitening_keeps_what_the_decoder_sees() -> None:
     vae, pictures = VAE(CONFIG), next(batches())
     with torch.no_grad():
         before = vae.decoder.conv_in(vae.encode(pictures))
-        whiten(vae, pictures)
+        whiten(vae, [pictures])
         latents = vae.encode(pictures)
         after = vae.decoder.conv_in(latents)
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(16), atol=1e-4)

@@ -1,6 +1,7 @@
 import torch
 
-from step1x.engine.dit import DiT, Text
+from step1x.engine.dit import DiT, Text, apply_rope
+from step1x.engine.image import image_ids
 from step1x.training.flow import flow_loss, times
 from step1x.training.recipe import dit_config
 from step1x.training.tiny import init_dit
@@ -8,17 +9,46 @@ from step1x.training.tiny import init_dit
 
 def test_times_are_shifted_logit_normals() -> None:
     generator = torch.Generator().manual_seed(0)
-    plain, shifted = times(4000, 1.0, generator), times(4000, 3.0, generator)
+    plain, shifted = times(4000, 1.0, 1.0, generator), times(4000, 3.0, 1.0, generator)
     assert ((plain > 0) & (plain < 1)).all()
     assert abs(plain.median() - 0.5) < 0.02
     assert abs(shifted.median() - 0.75) < 0.02  # 3 s / (1 + 2 s) at s = 1/2
+    assert abs((plain / (1 - plain)).log().std() - 1) < 0.02
+    wide = times(4000, 1.0, 1.5, generator)
+    assert abs((wide / (1 - wide)).log().std() - 1.5) < 0.03
+
+
+def test_a_batch_of_times_has_one_in_each_stratum() -> None:
+    levels = times(8, 1.0, 1.0, torch.Generator().manual_seed(0))
+    shares = torch.special.ndtr((levels / (1 - levels)).log())  # back to uniform
+    assert sorted((shares * 8).long().tolist()) == list(range(8))
+
+
+def test_fresh_heads_look_at_their_place_in_the_reference() -> None:
+    torch.manual_seed(0)
+    config, rows, grid = dit_config(192, 1, 1, 16), 6, (4, 5)
+    dit = DiT(config)
+    for offset in ((1, 0, 0), (1, 1, 1)):
+        init_dit(dit, offset)
+        rope = dit.rope(torch.zeros(1, rows, 3), image_ids(grid, offset))
+        x, tokens = torch.randn(2, 2 * 20 + rows, 192), torch.arange(20)
+        for layer, norm in (
+            (dit.double_blocks[0].img_attn.qkv, dit.double_blocks[0].img_attn.norm),
+            (dit.single_blocks[0].linear1, dit.single_blocks[0].norm),
+        ):
+            q, k, _ = norm(layer(x)[..., : 3 * 192], config.heads)
+            logits = apply_rope(q, rope) @ apply_rope(k, rope).transpose(-1, -2) / config.head_dim**0.5
+            weights = logits[:, :, rows : rows + 20, rows:].softmax(-1)  # of target tokens, over image tokens
+            found = weights[:, :, tokens, 20 + tokens].mean((0, 2))
+            assert (found[:2] > 0.3).all()
+            assert (found[2:] < 0.1).all()
 
 
 def test_loss_of_a_silent_network_is_the_velocity_itself() -> None:
     """A fresh network says 0, so its loss is the mean square of noise - target, whatever the level."""
     torch.manual_seed(0)
     dit = DiT(dit_config(32, 1, 1, 16))
-    init_dit(dit)
+    init_dit(dit, (1, 1, 1))
     source, target, noise = torch.randn(3, 2, 16, 4, 6).unbind()
     text = Text(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.long))
     got = flow_loss(dit, text, (source, target), (1, 1, 1), torch.tensor([0.1, 0.9]), noise)
@@ -38,3 +68,15 @@ def test_loss_reaches_every_weight() -> None:
     ]
     # The last double block's text stream still feeds the single blocks, so nothing may be silent.
     assert silent == []
+
+
+def test_channel_weights_weigh_the_error() -> None:
+    torch.manual_seed(0)
+    dit = DiT(dit_config(32, 1, 1, 16))
+    init_dit(dit, (1, 1, 1))
+    source, target, noise = torch.randn(3, 2, 16, 4, 6).unbind()
+    text = Text(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.long))
+    weights = torch.arange(16.0)
+    got = flow_loss(dit, text, (source, target), (1, 1, 1), torch.tensor([0.1, 0.9]), noise, weights)
+    want = ((noise - target).square().mean((2, 3)) * weights).mean(1)
+    assert torch.allclose(got, want, atol=1e-4)

@@ -21,7 +21,8 @@ TOY = replace(
     text={**recipe.CPU.text, "hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate": 32},
     vocabulary=400,
     chain_steps=2,
-    vae_batch=2,
+    vae_canvases=(64,),
+    vae_crops=((64, 2),),
     stages=(Stage(canvases=((32, 32),), batch=4, share=0.5), Stage(canvases=((48, 32),), batch=2, share=0.5)),
     pool=8,
 )
