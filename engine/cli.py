@@ -281,7 +281,9 @@ def _run(job: Job, picture: "Picture") -> "Edit":
         )
         progress.stage("save")
         metadata = {} if job.no_metadata else result.metadata
+        start = time.perf_counter()
         save_picture(result.image, job.target, metadata, overwrite=job.force)
+        result.timings["save"] = time.perf_counter() - start
     return result
 
 
@@ -290,7 +292,7 @@ def _report(job: Job, result: "Edit", seconds: float) -> None:
     if job.as_json:
         width, height = result.image.size
         facts = {"output": job.target, "width": width, "height": height, "seed": result.seed}
-        click.echo(json.dumps({**facts, "timings": result.timings, "metadata": result.metadata}))
+        click.echo(json.dumps({**facts, "timings": result.timings, "steps": result.steps, "metadata": result.metadata}))
     elif job.target != "-":
         _echo_path(job.target)
     if not job.quiet:

@@ -4,7 +4,7 @@ Everything constant over the steps is made before the loop (`Branch`); a step co
 (`DiT.condition`) and the velocity (`DiT.denoise`). All state is local to the call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,8 @@ from torch import Tensor
 from step1x.engine.dit import DiT, Request, Rope, Text
 from step1x.engine.schedule import guided
 from step1x.engine.text import Conditioning
+from step1x.engine.timing import OnStep
 from step1x.engine.variants import Variant
-
-OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import math
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from step1x.engine import image as pictures
-from step1x.engine.denoise import Guidance, OnStep, branches, denoise
+from step1x.engine.denoise import Guidance, branches, denoise
 from step1x.engine.errors import InputError
 from step1x.engine.image import Canvas
 from step1x.engine.picture import Picture, Source, open_picture, save_picture
 from step1x.engine.pixels import attach_alpha
 from step1x.engine.schedule import timesteps
-from step1x.engine.timing import Recorder
+from step1x.engine.timing import OnStep, Recorder
 from step1x.engine.variants import NEGATIVE_T2I
 from step1x.engine.weights import Components, load
 from step1x.profiles import default_profile, load_profile
@@ -38,12 +39,15 @@ class Edit:
 
     image: "Image"
     seed: int
-    timings: dict[str, float]  # seconds per stage
+    timings: dict[str, float]  # seconds per stage of timing.STAGES; "save" is there once it was saved
+    steps: list[float]  # seconds per denoise step
     metadata: dict[str, str | int | float]  # instruction, seed, steps, guidance, size, model, digest
 
     def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = True) -> None:
         """Write PNG, JPEG or WebP, whole or not at all; a PNG carries `metadata`. Raises InputError."""
+        start = time.perf_counter()
         save_picture(self.image, path, self.metadata if metadata else {}, overwrite=overwrite)
+        self.timings["save"] = time.perf_counter() - start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +193,7 @@ class Engine:
             images = [self._finished(pixels, source) for pixels, source in zip(made, opened, strict=True)]
         facts = [self._metadata(words, seed, chosen) for words, seed in zip(instructions, drawn, strict=True)]
         return [
-            Edit(image, seed, dict(recorder.seconds), fact)
+            Edit(image, seed, recorder.seconds, recorder.steps, fact)
             for image, seed, fact in zip(images, drawn, facts, strict=True)
         ]
 
@@ -216,7 +220,7 @@ class Engine:
         made = self._sample(None, [prompt], [drawn], canvas, chosen, recorder, on_step)
         with recorder.stage("postprocess"):
             image = pictures.to_image(made[0], self.variant.truncate_output)
-        return Edit(image, drawn, dict(recorder.seconds), self._metadata(prompt, drawn, chosen))
+        return Edit(image, drawn, recorder.seconds, recorder.steps, self._metadata(prompt, drawn, chosen))
 
     def _canvas(self, opened: Sequence[Picture], size: int | None) -> Canvas:
         level = self.variant.size if size is None else size
@@ -257,6 +261,7 @@ class Engine:
             forwards = branches(self.dit, groups, ids, self.variant.batched_guidance)
             guidance = Guidance(scale, self.variant.rescale_above) if guided else None
         with recorder.stage("denoise"):
+            recorder.step()
             tokens = denoise(
                 self.dit,
                 forwards,
@@ -264,7 +269,7 @@ class Engine:
                 schedule,
                 guidance,
                 self.variant,
-                on_step,
+                recorder.listening(on_step),
             )
         with recorder.stage("decode"):
             return self.vae.decode(pictures.unpack(tokens, canvas.grid).float())

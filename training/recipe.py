@@ -124,8 +124,8 @@ CPU = Recipe(
     vae_lr=4e-4,
     stages=(
         Stage(canvases=((64, 64),), batch=16, share=0.2),
-        Stage(canvases=((128, 128),), batch=16, share=0.45),
-        Stage(canvases=((256, 256), (256, 256), (128, 128), (320, 208), (208, 320)), batch=8, share=0.35),
+        Stage(canvases=((128, 128), (144, 96), (96, 144)), batch=16, share=0.36),
+        Stage(canvases=((256, 256), (288, 208), (304, 208), (208, 304), (320, 192)), batch=8, share=0.44),
     ),
     lr=1e-3,
     scale_lr=6e-3,

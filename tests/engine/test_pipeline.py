@@ -80,6 +80,8 @@ def test_every_preset_edits(preset: str, dtype: torch.dtype) -> None:
     assert result.image.mode == "RGB"
     assert calls == [(1, 3), (2, 3), (3, 3)]
     assert list(result.timings) == stages == [stage for stage in STAGES if stage != "save"]
+    assert len(result.steps) == 3
+    assert 0 < sum(result.steps) <= result.timings["denoise"]
     assert result.metadata["variant"] == preset
     assert result.metadata["instruction"] == "make it darker"
     again = engine.edit(photo(), "make it darker", seed=3)
