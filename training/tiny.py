@@ -116,6 +116,9 @@ def new_editor(run: Run) -> "Editor":
 GATE = 0.4  # of a fresh block's branches
 SCALE = 1.8  # of fresh QK norms
 LOOKING = 2  # heads of a fresh block that look from a target token at the reference token of its place
+FAR_PAIRS = (5, 4, 3)  # channel pairs of the row and column axes by which blocks measure the way from the origin
+ANCHOR = 6.0  # length of the constant queries and keys that measure it, and the share of that pair in their square
+ANCHOR_SHARE = 0.3
 POINTER = 3.0  # length of their constant in each of its channel pairs, against contents of deviation 0.5
 
 
@@ -142,6 +145,9 @@ def init_dit(dit: DiT, reference_ids: tuple[int, int, int]) -> None:
             _point_at_reference(module.img_attn.qkv, dit.config, reference_ids)
         elif isinstance(module, SingleBlock):
             _point_at_reference(module.linear1, dit.config, reference_ids)
+    for index, block in enumerate(dit.double_blocks):
+        assert isinstance(block, DoubleBlock)
+        point_at_origin(block, dit.config, FAR_PAIRS[index % len(FAR_PAIRS)])
     for layer in (dit.final_layer.linear, dit.final_layer.adaLN_modulation[1]):
         assert isinstance(layer, nn.Linear)
         nn.init.zeros_(layer.weight)
@@ -163,6 +169,34 @@ def _point_at_reference(layer: nn.Linear, config: DiTConfig, reference_ids: tupl
         rows = slice(offset, offset + heads * head)
         layer.weight[rows] *= 0.5
         layer.bias[rows] = constant.flatten().repeat(heads)
+
+
+@torch.no_grad()
+def point_at_origin(block: DoubleBlock, config: DiTConfig, pair: int) -> None:
+    """Let the last two heads tell an image token its row and its column; nothing for a block of under four heads.
+
+    All text rows stand at the origin. Constant image queries and constant text keys that share one slow channel pair
+    of an axis make the attention to the text fall with the distance from the origin along that axis, against image
+    keys that meet the query nowhere. Without this "top left" has no meaning until the network finds such a head.
+    """
+    width, head = config.hidden_size, config.head_dim
+    if config.heads < 4:
+        return
+    idle = config.rope_axes[0] // 2 - 1  # a pair that hardly turns between target and reference
+    for turn, axis in ((1, 1), (2, 2)):
+        rows = torch.arange((config.heads - turn) * head, (config.heads - turn + 1) * head)
+        query, text, image = (torch.zeros(head // 2, 2) for _ in range(3))
+        near = sum(config.rope_axes[:axis]) // 2 + pair
+        query[near, 0] = text[near, 0] = ANCHOR * ANCHOR_SHARE**0.5
+        query[idle, 0] = text[idle, 1] = ANCHOR * (1 - ANCHOR_SHARE) ** 0.5
+        image[idle, 1] = ANCHOR
+        for layer, offset, constant in (
+            (block.img_attn.qkv, 0, query),
+            (block.img_attn.qkv, width, image),
+            (block.txt_attn.qkv, width, text),
+        ):
+            layer.weight[offset + rows] *= 0.3
+            layer.bias[offset + rows] = constant.flatten()
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 import torch
 
-from step1x.engine.dit import DiT, Text, apply_rope
+from step1x.engine.dit import DiT, DoubleBlock, Text, apply_rope
 from step1x.engine.image import image_ids
 from step1x.training.flow import flow_loss, times
 from step1x.training.recipe import dit_config
@@ -80,3 +80,24 @@ def test_channel_weights_weigh_the_error() -> None:
     got = flow_loss(dit, text, (source, target), (1, 1, 1), torch.tensor([0.1, 0.9]), noise, weights)
     want = ((noise - target).square().mean((2, 3)) * weights).mean(1)
     assert torch.allclose(got, want, atol=1e-4)
+
+
+def test_fresh_heads_measure_the_way_from_the_origin() -> None:
+    """The share of attention that the last two heads give the text falls with the row, or with the column."""
+    torch.manual_seed(0)
+    config, rows, grid = dit_config(192, 3, 1, 16), 6, (8, 8)
+    dit = DiT(config)
+    init_dit(dit, (1, 1, 1))
+    rope = dit.rope(torch.zeros(1, rows, 3), image_ids(grid, (1, 1, 1)))
+    for block in dit.double_blocks:
+        assert isinstance(block, DoubleBlock)
+        image = block.img_attn.norm(block.img_attn.qkv(torch.randn(8, 128, 192)), config.heads)
+        text = block.txt_attn.norm(block.txt_attn.qkv(torch.randn(8, rows, 192)), config.heads)
+        q, k = (torch.cat((ours, theirs), dim=2) for ours, theirs in zip(text[:2], image[:2], strict=True))
+        logits = apply_rope(q, rope) @ apply_rope(k, rope).transpose(-1, -2) / config.head_dim**0.5
+        share = logits.softmax(-1)[:, :, rows : rows + 64, :rows].sum(-1).mean(0).reshape(-1, *grid)
+        for head, axis in ((-1, 1), (-2, 0)):  # the mean over the other axis
+            along = share[head].mean(axis)
+            assert along[0] > 1.5 * along[-1]
+            assert (along.diff() < 0.02).all()
+        assert abs(share[0].mean(1)[0] - share[0].mean(1)[-1]) < 0.1
