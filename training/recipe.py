@@ -158,8 +158,9 @@ GPU = replace(
     vae_share=0.3,
     vae_crops=((128, 16), (256, 4)),
     stages=(
-        Stage(canvases=((128, 128), (144, 112), (112, 144)), batch=128, share=0.6),
-        Stage(canvases=((256, 256), (128, 128), (288, 224), (224, 288), (192, 192)), batch=48, share=0.4),
+        Stage(canvases=((64, 64),), batch=128, share=0.15),
+        Stage(canvases=((64, 64), (128, 128), (144, 96), (96, 144)), batch=128, share=0.45),
+        Stage(canvases=((256, 256), (288, 208), (304, 208), (208, 304), (320, 192)), batch=48, share=0.4),
     ),
     pool=2048,
     refresh=0.15,

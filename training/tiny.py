@@ -197,6 +197,7 @@ def point_at_origin(block: DoubleBlock, config: DiTConfig, pair: int) -> None:
         ):
             layer.weight[offset + rows] *= 0.3
             layer.bias[offset + rows] = constant.flatten()
+        block.txt_attn.qkv.bias[2 * width + rows] = ANCHOR / 2  # what such attention brings is told from image values
 
 
 @torch.no_grad()
