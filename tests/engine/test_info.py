@@ -7,12 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from step1x.engine import layouts
-from step1x.engine.connector import ConnectorConfig
-from step1x.engine.dit import DiT, DiTConfig
+from step1x.engine import layouts, released
+from step1x.engine.dit import DiT
 from step1x.engine.errors import InputError
 from step1x.engine.info import ComponentInfo, describe
-from step1x.engine.vae import VAE, VAEConfig
+from step1x.engine.vae import VAE
 from step1x.engine.weights import shapes
 
 Make = Callable[..., Path]
@@ -35,26 +34,13 @@ def sparse(path: Path, sizes: Shapes, dtype: str = "BF16") -> None:
 
 def full_dit(version: str) -> Shapes:
     """Shapes of the released transformer (§3.1, §2)."""
-    connector = ConnectorConfig(
-        in_channels=3584, hidden_size=4096, heads=32, depth=2, mlp_hidden=16384,
-        timestep_channels=256, pooled_channels=768, has_scale_factor=version == "v1.0",
-    )  # fmt: skip
-    config = DiTConfig(
-        in_channels=64, out_channels=64, hidden_size=3072, heads=24, depth=19, depth_single=38,
-        mlp_hidden=12288, context_channels=4096, pooled_channels=768, timestep_channels=256,
-        rope_axes=(16, 56, 56), rope_theta=1e4, connector=connector, text_token_mapping=version == "v1.2",
-    )  # fmt: skip
     with torch.device("meta"):
-        return shapes(DiT(config))
+        return shapes(DiT(released.dit_config(version)))
 
 
 def full_vae() -> Shapes:
-    config = VAEConfig(
-        in_channels=3, channels=(128, 256, 512, 512), res_blocks=2, z_channels=16, groups=32,
-        scale_factor=0.3611, shift_factor=0.1159,
-    )  # fmt: skip
     with torch.device("meta"):
-        return shapes(VAE(config))
+        return shapes(VAE(released.VAE))
 
 
 FILES = {
