@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from step1x.engine import Engine
 
-INSTRUCTIONS = ("increase the contrast", "decrease the contrast")
+INSTRUCTIONS = ("make it black and white", "invert the colours")
 SIZE = (340, 228)
 
 

@@ -220,13 +220,24 @@ def inverted(picture: np.ndarray) -> np.ndarray:
     return 1 - picture
 
 
+def grey(picture: np.ndarray) -> np.ndarray:
+    return np.repeat((picture @ np.array([0.299, 0.587, 0.114]))[..., None], 3, axis=2)
+
+
 def flattened(picture: np.ndarray) -> np.ndarray:
     return (picture - 0.5) * 0.5 + 0.5
 
 
 @pytest.mark.parametrize(
     ("instruction", "make"),
-    [("invert the colours", inverted), ("反转颜色", inverted), ("decrease the contrast", flattened)],
+    [
+        ("invert the colours", inverted),
+        ("反转颜色", inverted),
+        ("decrease the contrast", flattened),
+        ("make it black and white", grey),
+        ("make it darker", lambda picture: picture * 0.5),
+        ("调亮一点", lambda picture: 1 - (1 - picture) * 0.6),
+    ],
 )
 def test_the_bundled_checkpoint_edits_a_photograph(
     instruction: str, make: Callable[[np.ndarray], np.ndarray], tmp_path: Path
