@@ -261,7 +261,6 @@ def _run(job: Job, picture: "Picture") -> "Edit":
 
     with Progress(terminal(job.quiet)) as progress:
         progress.stage("load")
-        from step1x.engine.picture import save_picture
         from step1x.engine.pipeline import Engine
 
         engine = Engine.load(
@@ -280,10 +279,7 @@ def _run(job: Job, picture: "Picture") -> "Edit":
             on_stage=progress.stage,
         )
         progress.stage("save")
-        metadata = {} if job.no_metadata else result.metadata
-        start = time.perf_counter()
-        save_picture(result.image, job.target, metadata, overwrite=job.force)
-        result.timings["save"] = time.perf_counter() - start
+        result.save(job.target, metadata=not job.no_metadata, overwrite=job.force)
     return result
 
 

@@ -9,6 +9,8 @@ from step1x.training.edits import Picture, Random
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
+LEAST = 0.35  # share of a photograph that a crop shows at least
+
 
 class Photographs:
     """All photographs of a folder, held as RGB; random crops at random scales, some of them mirrored.
@@ -22,7 +24,7 @@ class Photographs:
             raise ValueError(f"no photographs (.jpg, .png, .webp) in {folder}")
         self.images = [Image.open(path).convert("RGB") for path in paths]
 
-    def crop(self, random: Random, height: int, width: int, least: float = 0.35) -> Picture:
+    def crop(self, random: Random, height: int, width: int, least: float = LEAST) -> Picture:
         """One picture (height, width, 3): at least `least` of the largest crop of a photograph, seldom upscaled."""
         image = self.images[int(random.integers(len(self.images)))]
         largest = min(image.width / width, image.height / height)
@@ -69,7 +71,7 @@ def scene(random: Random, height: int, width: int) -> Picture:
 
 
 def picture(
-    photographs: Photographs, random: Random, height: int, width: int, scenes: float, least: float = 0.35
+    photographs: Photographs, random: Random, height: int, width: int, scenes: float, least: float = LEAST
 ) -> Picture:
     """A procedural scene with probability `scenes`, else a crop of a photograph."""
     if random.random() < scenes:

@@ -116,10 +116,10 @@ def new_editor(run: Run) -> "Editor":
 GATE = 0.4  # of a fresh block's branches
 SCALE = 1.8  # of fresh QK norms
 LOOKING = 2  # heads of a fresh block that look from a target token at the reference token of its place
+POINTER = 3.0  # length of their constant in each of its channel pairs, against contents of deviation 0.5
 FAR_PAIRS = (5, 4, 3)  # channel pairs of the row and column axes by which blocks measure the way from the origin
 ANCHOR = 6.0  # length of the constant queries and keys that measure it, and the share of that pair in their square
 ANCHOR_SHARE = 0.3
-POINTER = 3.0  # length of their constant in each of its channel pairs, against contents of deviation 0.5
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from step1x.engine.cli import Job, program
 from step1x.engine.errors import InputError
 from step1x.engine.picture import Picture
+from step1x.engine.pipeline import Edit
 from step1x.engine.progress import Progress, terminal
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ class Engine:
         cls.loaded.append((model, options))
         return cls()
 
-    def edit(self, source: Picture, instruction: str, **options: Any) -> types.SimpleNamespace:
+    def edit(self, source: Picture, instruction: str, **options: Any) -> Edit:
         self.asked.append((source, instruction, options))
         options["on_stage"]("denoise")
         for step in (1, 2):
@@ -47,8 +48,8 @@ class Engine:
         image = ImageOps.invert(source.rgb)
         if source.alpha:
             image.putalpha(source.alpha)
-        metadata = {"instruction": instruction, "seed": 5}
-        return types.SimpleNamespace(image=image, seed=5, timings={"denoise": 0.5}, steps=[0.2, 0.3], metadata=metadata)
+        metadata: dict[str, str | int | float] = {"instruction": instruction, "seed": 5}
+        return Edit(image, 5, {"denoise": 0.5}, [0.2, 0.3], metadata)
 
 
 @pytest.fixture
