@@ -12,6 +12,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -94,7 +95,7 @@ def reconstruction(engine: Engine, photos: dict[str, Picture]) -> float:
     return float(np.mean(values))
 
 
-def table(scores: list[Score]) -> tuple[list[dict[str, float | str | None]], list[str]]:
+def table(scores: list[Score]) -> tuple[list[dict[str, Any]], list[str]]:
     """Per-family means as records and as printable lines."""
     records, lines = [], []
     lines.append(f"{'family':<18}{'n':>4}{'PSNR':>8}{'source':>8}{'gain':>8}{'SSIM':>8}{'source':>8}{'outside':>9}")
@@ -181,8 +182,9 @@ def main(  # noqa: PLR0913
             for _ in range(repeats):
                 one = sample(family, picture, random, chinese)
                 source = to_image(one.source)
-                options = {"size": size, "steps": steps, "guidance": guidance}
-                edited = engine.edit(source, one.instruction, seed=len(scores), **options)
+                edited = engine.edit(
+                    source, one.instruction, seed=len(scores), size=size, steps=steps, guidance=guidance
+                )
                 result = to_picture(edited.image)
                 scores.append(score(name, one, result))
                 if photo_index == family_index % len(loaded):

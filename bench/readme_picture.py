@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from step1x.engine import Engine
 
-INSTRUCTIONS = ("make it black and white", "invert the colours")
+INSTRUCTIONS = ("make it black and white", "paint the left half blue")
 SIZE = (340, 228)
 
 

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import logging
-import math
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from step1x.bench.commands import bench
 from step1x.engine.errors import InputError
+from step1x.engine.options import EXIT_CODES, DeviceName, Finite, debug_option
 from step1x.engine.variants import DEFAULTS, VARIANTS
 
 if TYPE_CHECKING:
@@ -26,13 +27,10 @@ if TYPE_CHECKING:
     from step1x.engine.picture import Picture
     from step1x.engine.pipeline import Edit
 
-EXIT_CODES = "Exit codes: 0 done, 1 we failed, 2 the input or the usage was wrong, 130 interrupted."
 LARGEST_SEED = 2**63 - 1  # what a torch generator takes
-DEVICES = ("auto", "cpu", "cuda", "mps")
 PRESETS = [*VARIANTS, *DEFAULTS]
 OUTPUT_HELP = "Result: .png, .jpg, .jpeg or .webp; - is standard output (PNG).  [default: IMG-edited.png]"
 VARIANT_HELP = f"Parity preset: {', '.join(PRESETS)}.  [default: the model's]"
-DEBUG_HELP = "Show tracebacks and the libraries' logs."
 STRENGTH_HELP = "Noise added to the source, above 0; 1 is all of it.  [default: start from noise]"
 
 
@@ -105,46 +103,6 @@ def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror.lower()}" + (f": {error.filename!r}" if error.filename else "")
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-
-
-class Finite(click.FloatRange):
-    """A range that NaN is not in either (every comparison with NaN is false)."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return number
-
-
-class DeviceName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
-    """auto, cpu, cuda, cuda:N or mps; whether it is there is for torch to say."""
-
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        kind, colon, index = str(value).partition(":")
-        if kind in DEVICES and (not colon or (kind == "cuda" and index.isascii() and index.isdigit())):
-            return value
-        self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:N, mps", param, ctx)
-
-
-def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.find_root().obj.debug = True
-        logging.disable(logging.NOTSET)
-
-
-def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--debug: show what we keep quiet about."""
-    return click.option(
-        "--debug",
-        is_flag=True,
-        expose_value=False,
-        is_eager=True,
-        callback=_set_debug,
-        help=DEBUG_HELP,
-    )(command)
 
 
 @click.group(cls=Program, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -351,6 +309,9 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps({**dataclasses.asdict(machine), "profiles": profiles}, indent=2))
     else:
         click.echo(report(machine))
+
+
+program.add_command(bench)
 
 
 def _echo_path(path: str) -> None:

@@ -49,11 +49,18 @@ def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype | No
     with torch.device("meta"):
         model = Qwen2_5_VLModel._from_config(config, attn_implementation="sdpa", dtype=torch.get_default_dtype())
     stream(model, tensor_files(folder), model_key, device, dtype)
-    # Rotary frequencies are in no file: each module computes them as it is made, always in float32.
+    compute_frequencies(model, device)
+    return model.eval().requires_grad_(False)
+
+
+def compute_frequencies(model: "Qwen2_5_VLModel", device: torch.device | str) -> None:
+    """Puts rotary frequencies into a model made on the meta device.
+
+    They are in no file: each module computes them as it is made, always in float32.
+    """
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, type(module)(config=module.config).to(device))
-    return model.eval().requires_grad_(False)
 
 
 def model_key(key: str) -> str | None:

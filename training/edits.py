@@ -23,7 +23,7 @@ COLOURS = {
     "orange": ("橙色", (0.98, 0.55, 0.10)),
 }
 SHAPES = {"circle": ("圆", "圆形"), "square": ("方块", "正方形")}
-NEAR, FAR = 0.2, 0.8  # centres of the outer places
+NEAR, FAR = 0.24, 0.76  # centres of the outer places
 # name -> (Chinese, centre as fractions of width and height)
 PLACES = {
     "top left": ("左上角", (NEAR, NEAR)),
@@ -37,7 +37,7 @@ PLACES = {
     "bottom right": ("右下角", (FAR, FAR)),
 }
 HALVES = {"left": "左半边", "right": "右半边", "top": "上半部分", "bottom": "下半部分"}
-RADIUS = 0.19  # of the shorter side: half the extent of an added shape
+RADIUS = 0.22  # of the shorter side: half the extent of an added shape
 
 
 @dataclass(frozen=True, slots=True)

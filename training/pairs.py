@@ -1,5 +1,6 @@
 """Encoded training pairs, kept in pools so that each picture is encoded once and drawn a few times."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from step1x.engine.text import Conditioner
 from step1x.engine.text_ids import Grid
 from step1x.engine.vae import VAE
-from step1x.training.edits import FAMILIES, LOCAL, Picture, Random, sample
+from step1x.training.edits import FAMILIES, Picture, Random, sample
 from step1x.training.pictures import Photographs, picture
 
 
@@ -42,20 +43,20 @@ class Pool:
         *,
         size: int,
         scenes: float,
-        local_weight: float,
+        weights: Mapping[str, float],
     ) -> None:
         self.photographs, self.vae, self.conditioner = photographs, vae, conditioner
         self.width, self.height = canvas
         self.size, self.scenes = size, scenes
-        weights = np.array([local_weight if family in LOCAL else 1.0 for family in FAMILIES])
-        self.weights = weights / weights.sum()
+        chances = np.array([weights.get(family, 1.0) for family in FAMILIES])
+        self.chances = chances / chances.sum()
         self.entries: list[tuple[Tensor, Tensor, Tensor, str]] = []
         self.grid: Grid | None = None
 
     @torch.no_grad()
     def _fill(self, random: Random, count: int) -> None:
         made = []
-        for family in random.choice(len(FAMILIES), count, p=self.weights):
+        for family in random.choice(len(FAMILIES), count, p=self.chances):
             base = picture(self.photographs, random, self.height, self.width, self.scenes)
             made.append(sample(FAMILIES[family], base, random))
         pixels = as_tensor([one.source for one in made] + [one.target for one in made])

@@ -1,5 +1,6 @@
 """The bundled checkpoint `step1x-tiny` as data: sizes, wording, schedule. Everything specific to it is here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from step1x.engine.connector import ConnectorConfig
@@ -45,7 +46,7 @@ class Recipe:
     shift: float  # of the noise levels: an edit is decided near 1, where only the reference shows the picture
     spread: float
     drop_instruction: float
-    local_weight: float  # how much oftener a local family is drawn
+    weights: Mapping[str, float]  # how often a family of edits is drawn; 1 for those not named
     scenes: float  # share of procedural pictures
     pool: int  # encoded pairs kept per canvas
     refresh: float  # share of a batch that is newly encoded each step
@@ -124,8 +125,8 @@ CPU = Recipe(
     vae_lr=4e-4,
     stages=(
         Stage(canvases=((64, 64),), batch=16, share=0.2),
-        Stage(canvases=((64, 64), (128, 128), (144, 96), (96, 144)), batch=16, share=0.46),
-        Stage(canvases=((256, 256), (288, 208), (304, 208), (208, 304), (320, 192)), batch=8, share=0.34),
+        Stage(canvases=((64, 64), (128, 128), (144, 96), (96, 144)), batch=16, share=0.45),
+        Stage(canvases=((192, 192), (256, 256), (304, 208), (208, 304), (320, 192)), batch=8, share=0.35),
     ),
     lr=1e-3,
     scale_lr=6e-3,
@@ -135,7 +136,8 @@ CPU = Recipe(
     shift=5.0,
     spread=1.3,
     drop_instruction=0.07,
-    local_weight=4.0,
+    # Where and which shape are learned last, and from the least of the picture.
+    weights={"add": 12.0, "reshape": 12.0, "remove": 8.0, "recolour": 8.0, "paint_half": 8.0},
     scenes=0.15,
     pool=512,
     refresh=0.12,
@@ -160,7 +162,7 @@ GPU = replace(
     stages=(
         Stage(canvases=((64, 64),), batch=128, share=0.15),
         Stage(canvases=((64, 64), (128, 128), (144, 96), (96, 144)), batch=128, share=0.45),
-        Stage(canvases=((256, 256), (288, 208), (304, 208), (208, 304), (320, 192)), batch=48, share=0.4),
+        Stage(canvases=((192, 192), (256, 256), (304, 208), (208, 304), (320, 192)), batch=48, share=0.4),
     ),
     pool=2048,
     refresh=0.15,

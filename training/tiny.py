@@ -401,7 +401,7 @@ def make_pools(
             (width, height),
             size=max(64, recipe.pool * largest // (width * height)),
             scenes=recipe.scenes,
-            local_weight=recipe.local_weight,
+            weights=recipe.weights,
         )
         for width, height in sorted(canvases)
     }

@@ -19,6 +19,7 @@ from step1x.engine.timing import STAGES
 from step1x.engine.vae import VAE, VAEConfig
 from step1x.engine.variants import VARIANTS, Variant
 from step1x.engine.weights import Components
+from step1x.training.edits import rgb
 from step1x.training.recipe import dit_config
 from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
 
@@ -228,6 +229,18 @@ def flattened(picture: np.ndarray) -> np.ndarray:
     return (picture - 0.5) * 0.5 + 0.5
 
 
+def left_half_blue(picture: np.ndarray) -> np.ndarray:
+    painted = picture.copy()
+    painted[:, : picture.shape[1] // 2] = rgb("blue")
+    return painted
+
+
+def lower_half_purple(picture: np.ndarray) -> np.ndarray:
+    painted = picture.copy()
+    painted[picture.shape[0] // 2 :] = rgb("purple")
+    return painted
+
+
 @pytest.mark.parametrize(
     ("instruction", "make"),
     [
@@ -237,6 +250,8 @@ def flattened(picture: np.ndarray) -> np.ndarray:
         ("make it black and white", grey),
         ("make it darker", lambda picture: picture * 0.5),
         ("调亮一点", lambda picture: 1 - (1 - picture) * 0.6),
+        ("paint the left half blue", left_half_blue),
+        ("把下半部分涂成紫色", lower_half_purple),
     ],
 )
 def test_the_bundled_checkpoint_edits_a_photograph(

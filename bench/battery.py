@@ -1,0 +1,186 @@
+"""The battery for a real GPU, part by part, and the same on a CPU in seconds with --smoke.
+
+    python -m step1x.bench.battery [--part NAME] [--smoke] [--out DIR] [--again]
+
+Each part runs in a process of its own, so that a crash or a full card costs one part, and leaves its record in DIR; a
+part whose record of this commit is there already is not run again. The last thing printed is a short table.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import torch
+
+from step1x.bench.measure import device_name
+from step1x.bench.record import ROOT, Kind, Metric, Record, place, revision
+
+# Seconds that a part may take; together nine minutes.
+PARTS = {"kernels": 70, "dit": 150, "e2e": 170, "peers": 90, "memory": 60}
+
+
+@dataclass(slots=True)
+class Run:
+    """One part being run: where, how large, and what it has found."""
+
+    device: torch.device
+    smoke: bool  # the bundled checkpoint's shapes instead of the released model's
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def put(self, name: str, value: float, unit: str, kind: Kind, *, higher: bool = False) -> None:
+        """Keep a figure and print it, so that a part that is cut short has said what it knew."""
+        better = "higher" if higher else "lower"
+        self.metrics[name] = Metric(value=value, unit=unit, kind=kind, better=better)  # type: ignore[arg-type]
+        click.echo(f"{name:44} {value:.6g} {unit}", err=True)
+
+    def peak(self, name: str) -> None:
+        """Peak bytes reserved on the GPU since the last call."""
+        if self.device.type == "cuda":
+            self.put(name, torch.cuda.max_memory_reserved(self.device), "B", "memory")
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def seconds(self, call: Callable[[], object], repeats: int = 5) -> float:
+        """Median seconds of a call after a warm-up, by the device's own clock where it has one."""
+        call()
+        times = sorted(self._timed(call) for _ in range(1 if self.smoke else repeats))
+        return times[len(times) // 2]
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+
+def run_part(name: str, smoke: bool, commit: str) -> Record:
+    """One part in this process."""
+    from step1x.bench import battery_kernels, battery_model
+
+    parts: dict[str, Callable[[Run], None]] = {
+        "kernels": battery_kernels.kernels,
+        "dit": battery_model.dit,
+        "e2e": battery_model.e2e,
+        "peers": battery_model.peers,
+        "memory": battery_model.memory,
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(device, smoke or device.type != "cuda")
+    with torch.no_grad():
+        parts[name](run)
+    return Record(
+        suite="battery",
+        place=place(device_name(device)).model_copy(update={"commit": commit}),
+        profile="bf16-80gb" if device.type == "cuda" else "cpu",
+        size="smoke" if run.smoke else "full",
+        metrics=run.metrics,
+        notes=run.notes,
+    )
+
+
+def done_already(path: Path, commit: str) -> bool:
+    """Whether `path` holds a record of this commit."""
+    try:
+        return bool(commit) and json.loads(path.read_text())["place"]["commit"] == commit
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def run_all(parts: Sequence[str], out: Path, commit: str, smoke: bool, again: bool) -> list[str]:
+    """Each part in its own process; returns those that failed."""
+    failed = []
+    dirty = revision()[1]
+    for part in parts:
+        path = out / f"{part}.json"
+        if not again and not dirty and done_already(path, commit):
+            click.echo(f"{part}: {path} is of this commit, not run again (--again)", err=True)
+            continue
+        path.unlink(missing_ok=True)
+        words = [sys.executable, "-m", "step1x.bench.battery", "--part", part, "--out", str(out)]
+        words += ["--commit", commit, "--inside"]
+        started = time.monotonic()
+        try:
+            code = subprocess.run([*words, *(["--smoke"] if smoke else [])], timeout=PARTS[part]).returncode
+            end = "" if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            end = f"stopped after {PARTS[part]} s"
+        click.echo(f"{part}: {end or 'done'} in {time.monotonic() - started:.0f} s", err=True)
+        if end:
+            failed.append(part)
+    return failed
+
+
+def merged(out: Path, commit: str) -> Record:
+    """The records of the parts in `out` as one, those of this commit. Raises ClickException if there is none."""
+    records, notes = {}, {}
+    for part in PARTS:
+        path = out / f"{part}.json"
+        if not path.exists():
+            notes[part] = "no record: it failed or was not run"
+        elif (found := Record.read(path)).place.commit != commit:
+            notes[part] = f"its record is of another commit: {found.place.commit[:12]}"
+        else:
+            records[part] = found
+    if not records:
+        raise click.ClickException("no part left a record")
+    last = list(records.values())[-1]
+    metrics = {name: metric for record in records.values() for name, metric in record.metrics.items()}
+    notes |= {key: text for record in records.values() for key, text in record.notes.items()}
+    return last.model_copy(update={"metrics": metrics, "notes": notes})
+
+
+def table(record: Record) -> str:
+    """The figures that one reads first, and every note."""
+    lines = [f"{record.place.device}, {record.size}, commit {record.place.commit[:12] or 'unknown'}"]
+    lines += [
+        f"{name:44} {metric.value:.5g} {metric.unit}".rstrip()
+        for name, metric in sorted(record.metrics.items())
+        if not name.startswith("e2e.") or name.endswith((".edit", ".step"))
+    ]
+    lines += [f"{name}: {text}" for name, text in record.notes.items()]
+    return "\n".join(lines)
+
+
+@click.command(help="Measure this machine's GPU (or, with --smoke, prove on a CPU that the measurement runs).")
+@click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Only these.  [default: all]")
+@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "bench" / "results", help="Folder of records.")
+@click.option("--smoke", is_flag=True, help="Small shapes: seconds, on any machine.")
+@click.option("--again", is_flag=True, help="Run parts again whose record of this commit is there.")
+@click.option("--commit", metavar="HASH", help="Of this tree, where git cannot tell.  [default: git's]")
+@click.option("--inside", is_flag=True, hidden=True)
+def main(parts: tuple[str, ...], out: Path, commit: str | None, **how: bool) -> None:
+    smoke, again, inside = how["smoke"], how["again"], how["inside"]
+    commit = revision()[0] if commit is None else commit
+    out.mkdir(parents=True, exist_ok=True)
+    if inside:
+        run_part(parts[0], smoke, commit).write(out / f"{parts[0]}.json")
+        return
+    if not smoke and not torch.cuda.is_available():
+        raise click.UsageError("no CUDA device here; --smoke runs every part on the CPU with small shapes")
+    chosen = parts or tuple(PARTS)
+    failed = run_all(chosen, out, commit, smoke, again)
+    record = merged(out, commit)
+    record.write(out / "battery.json")
+    click.echo(table(record))
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The battery's first part: what the device allows at our shapes, and whether every kernel of ours is right on it."""
+
+import importlib
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from step1x.bench.battery import Run
+from step1x.bench.record import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Both guidance branches at 1024 x 1024, and the rows, inner and outer widths of the transformer's large products.
+ROWS = {"full": 2 * 8832, "smoke": 128}
+WIDTHS = {
+    "full": {"qkv": (3072, 9216), "mlp": (3072, 12288), "linear1": (3072, 21504), "linear2": (15360, 3072)},
+    "smoke": {"linear1": (192, 1344)},
+}
+ATTENTION = {"full": (24, 128, (2688, 5248, 8832)), "smoke": (6, 32, (112,))}  # heads, head_dim, rows
+COPY_BYTES = {"full": 1 << 30, "smoke": 1 << 22}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative error against float32
+FP8_BOUND = 5e-2  # two operands with three bits of mantissa
+
+
+def kernels(run: Run) -> None:
+    size = "smoke" if run.smoke else "full"
+    _copy(run, COPY_BYTES[size])
+    for name, (inner, outer) in WIDTHS[size].items():
+        _products(run, name, ROWS[size], inner, outer)
+    heads, head_dim, lengths = ATTENTION[size]
+    for length in lengths:
+        _attention(run, (2, heads, length, head_dim))
+    checked = check_kernels(run, our_kernels())
+    run.notes["kernels"] = f"{checked} of ours checked" if checked else "there are none of ours yet"
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """‖out - expected‖ / ‖expected‖ in float64; NaN counts as infinite."""
+    error = (out.double() - expected.double()).norm() / expected.double().norm()
+    return float(error.nan_to_num(float("inf")))
+
+
+def require(what: str, error: float, bound: float) -> None:
+    """Raises RuntimeError if an error is above its bound."""
+    if error > bound:
+        raise RuntimeError(f"{what}: relative error {error:.3g}, at most {bound:.3g} is right")
+
+
+def _copy(run: Run, size: int) -> None:
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=run.device)
+    target = torch.empty_like(source)
+    seconds = run.seconds(lambda: target.copy_(source), 20)
+    run.put("ceiling.copy", 2 * size / seconds, "B/s", "info", higher=True)
+
+
+def _products(run: Run, name: str, rows: int, inner: int, outer: int) -> None:
+    """Rates of x @ w in the model's dtype and in fp8 with a scale per row and column."""
+    x = torch.randn(rows, inner, device=run.device, dtype=run.dtype)
+    w = torch.randn(outer, inner, device=run.device, dtype=run.dtype)
+    flops = 2 * rows * inner * outer
+    run.put(f"ceiling.gemm_{name}", flops / run.seconds(lambda: x @ w.T), "FLOP/s", "info", higher=True)
+    exact = x.float() @ w.float().T
+    require(f"product {name}", relative_error(x @ w.T, exact), BOUND[run.dtype])
+    if run.device.type == "cuda" and torch.cuda.get_device_capability(run.device) < (8, 9):
+        run.notes["fp8"] = "this GPU has no fp8 products"
+        return
+    (x8, x_scale), (w8, w_scale) = _to_fp8(x), _to_fp8(w)
+
+    def product() -> Tensor:
+        return torch._scaled_mm(x8, w8.T, x_scale, w_scale.T, out_dtype=torch.bfloat16)
+
+    run.put(f"ceiling.fp8_gemm_{name}", flops / run.seconds(product), "FLOP/s", "info", higher=True)
+    require(f"fp8 product {name}", relative_error(product(), exact), FP8_BOUND)
+
+
+def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x in e4m3, each scaled to its range, and the scales (rows, 1) float32."""
+    scale = x.abs().amax(1, keepdim=True).float() / torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def _attention(run: Run, shape: tuple[int, int, int, int]) -> None:
+    q, k, v = (torch.randn(shape, device=run.device, dtype=run.dtype) for _ in range(3))
+    batch, heads, rows, head_dim = shape
+    flops = 4 * batch * heads * head_dim * rows**2
+    few = slice(0, 64)  # queries that are checked, all heads
+    scores = q[:, :, few].float() @ k.float().transpose(2, 3) * head_dim**-0.5
+    exact = scores.softmax(-1) @ v.float()
+    for name, backend in BACKENDS.items():
+        try:
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v)
+                seconds = run.seconds(lambda: F.scaled_dot_product_attention(q, k, v))
+        except RuntimeError as error:
+            run.notes[f"attention {name}"] = f"refused: {str(error).splitlines()[0][:80]}"
+            continue
+        require(f"attention {name} of {rows} rows", relative_error(out[:, :, few], exact), BOUND[run.dtype])
+        run.put(f"ceiling.attention_{name}_{rows}", flops / seconds, "FLOP/s", "info", higher=True)
+
+
+def our_kernels() -> list[ModuleType]:
+    """The modules of kernels/."""
+    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    return [importlib.import_module(f"step1x.kernels.{name}") for name in names]
+
+
+def check_kernels(run: Run, modules: Iterable[ModuleType]) -> int:
+    """Each op on its own `examples(device, dtype)`, against its reference in float32; returns how many there were.
+
+    A module is named like its op and has `<op>`, `<op>_reference` and `examples`, which yields fresh random arguments.
+    Memory is poisoned with NaN before it is handed out. Raises RuntimeError for the first that is wrong.
+    """
+    checked = 0
+    for module in modules:
+        name = module.__name__.rpartition(".")[2]
+        op: Callable[..., Tensor] = getattr(module, name)
+        reference: Callable[..., Tensor] = getattr(module, f"{name}_reference")
+        for arguments in module.examples(run.device, run.dtype):
+            wide = [one.float() if isinstance(one, Tensor) and one.is_floating_point() else one for one in arguments]
+            with _poisoned():
+                out = op(*arguments)
+            require(f"kernel {name}", relative_error(out, reference(*wide)), BOUND[run.dtype])
+        run.put(f"kernel.{name}", run.seconds(partial(op, *arguments)), "s", "stage")
+        checked += 1
+    return checked
+
+
+@contextmanager
+def _poisoned() -> "Iterator[None]":
+    """Fresh memory is NaN (torch fills it in its deterministic mode): what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,236 @@
+"""The battery's parts about the model: the transformer alone, whole edits, a peer's transformer, and memory caps."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from step1x.bench import formula, full
+from step1x.bench.battery import Run
+from step1x.bench.ceilings import gemm_rate
+from step1x.bench.counters import photograph
+from step1x.bench.measure import timings
+from step1x.engine import Engine, released, sizes
+from step1x.engine.dit import DiT, DiTConfig
+from step1x.engine.folder import locate
+from step1x.engine.image import Canvas, image_ids
+from step1x.profiles import load_profile, profile_names
+
+if TYPE_CHECKING:
+    from step1x.engine.pipeline import Edit
+
+SIZES = {"full": (512, 768, 1024), "smoke": (64,)}
+STEPS = {"full": 28, "smoke": 2}
+GUIDANCE = 6.0
+GB = 1e9
+
+
+def _sizes(run: Run) -> tuple[int, ...]:
+    return SIZES["smoke" if run.smoke else "full"]
+
+
+def _steps(run: Run) -> int:
+    return STEPS["smoke" if run.smoke else "full"]
+
+
+def _config(run: Run) -> DiTConfig:
+    """The released transformer, or for smoke runs the bundled checkpoint's."""
+    if not run.smoke:
+        return released.dit_config(full.VERSION)
+    folder = locate(None)
+    return sizes.dit_config(folder.dit, folder.dit_configs)
+
+
+def _transformer(run: Run) -> DiT:
+    with torch.device("meta"):
+        model = DiT(_config(run))
+    full.fill(model, full.random(run.device), run.dtype)
+    return model
+
+
+def compile_blocks(run: Run, blocks: Iterable[nn.Module]) -> None:
+    """Compiles each block by itself: blocks of a kind share one compilation, which serves all sizes.
+
+    A smoke run stops before the code generator, which takes minutes on a CPU.
+    """
+    torch._dynamo.reset()
+    for block in blocks:
+        block.compile(dynamic=True, backend="aot_eager" if run.smoke else "inductor")
+
+
+def dit(run: Run) -> None:
+    """One forward with both guidance branches, eager and compiled: seconds, rate, ratio to the floor, memory."""
+    model = _transformer(run)
+    rate = gemm_rate(run.device, run.dtype)
+    run.put("dit.ceiling", rate, "FLOP/s", "info", higher=True)
+    for mode in ("eager", "compiled"):
+        if mode == "compiled":
+            compile_blocks(run, (*model.double_blocks, *model.single_blocks))
+        for side in _sizes(run):
+            _forward(run, model, f"dit.{side}.{mode}", Canvas(side, side), rate)
+
+
+def _forward(run: Run, model: DiT, name: str, canvas: Canvas, rate: float) -> None:
+    given = full.inputs(canvas, 2, run.dtype, run.device, model.config)
+    request = model.prepare(given.text)
+    rope = model.rope(given.text_ids, image_ids(canvas.grid, full.VARIANT.reference_ids).to(run.device))
+
+    def step() -> Tensor:
+        return model.denoise(given.tokens, model.condition(request, given.timestep), rope)
+
+    seconds = run.seconds(step)
+    flops = formula.dit(model.config, 2 * canvas.tokens, given.text.tokens.shape[1], batch=2)
+    run.put(f"{name}.seconds", seconds, "s", "step")
+    run.put(f"{name}.rate", flops / seconds, "FLOP/s", "info", higher=True)
+    run.put(f"{name}.times_floor", seconds * rate / flops, "", "info")
+    run.peak(f"{name}.peak_reserved")
+
+
+def _engine(run: Run) -> Engine:
+    """The released model with random weights, or the bundled one."""
+    return Engine.load(device=str(run.device), dtype=run.dtype) if run.smoke else full.engine(run.device, run.dtype)
+
+
+def e2e(run: Run) -> None:
+    """Whole edits with guidance: stages, first and warm run, and how long the GPU waits between steps."""
+    engine, steps = _engine(run), _steps(run)
+
+    def edit(side: int, count: int, on_stage: Callable[[str], None] | None = None) -> "Edit":
+        result = engine.edit(
+            photograph(side, side),
+            "make it darker",
+            steps=count,
+            guidance=GUIDANCE,
+            size=side,
+            seed=0,
+            on_stage=on_stage,
+        )
+        with TemporaryDirectory() as folder:
+            result.save(Path(folder) / "edited.png")
+        return result
+
+    for side in _sizes(run):
+        cold = edit(side, min(4, steps))  # few steps suffice to be first
+        for name, metric in timings(cold, [edit(side, steps)]).items():
+            run.metrics[f"e2e.{side}.{name}"] = metric
+        run.put(f"e2e.{side}.edit", run.metrics[f"e2e.{side}.edit"].value, "s", "end-to-end")
+        run.peak(f"e2e.{side}.peak_reserved")
+    if run.device.type != "cuda":
+        run.notes["gpu_idle"] = "not measured: no GPU"
+        return
+    side, count = _sizes(run)[0], 4
+    busy, whole = busy_seconds(lambda on_stage: edit(side, count, on_stage))
+    run.put(f"e2e.{side}.gpu_idle_per_step", (whole - busy) / count, "s", "info")
+
+
+def busy_seconds(edit: Callable[[Callable[[str], None]], object]) -> tuple[float, float]:
+    """Seconds in which the GPU ran something during the denoise loop of an edit, and seconds of that loop.
+
+    `edit` takes the callback for stages.
+    """
+    from torch._C._autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    profiler, began, whole = profile(activities=[ProfilerActivity.CUDA]), 0.0, 0.0
+
+    def on_stage(name: str) -> None:
+        nonlocal began, whole
+        torch.cuda.synchronize()
+        if name == "denoise":
+            profiler.start()
+            began = time.perf_counter()
+        elif name == "decode":
+            whole = time.perf_counter() - began
+            profiler.stop()
+
+    edit(on_stage)
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA
+    )
+    return covered(spans) / 1e6, whole
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of sorted spans."""
+    total, reached = 0.0, -math.inf
+    for begin, end in spans:
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def peers(run: Run) -> None:
+    """diffusers' Flux transformer with the same blocks, rows and batch, next to ours."""
+    try:
+        from diffusers import FluxTransformer2DModel
+    except ImportError:
+        run.notes["peers"] = "not measured: diffusers is not installed (carry its wheel)"
+        return
+    config = _config(run)
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=config.in_channels,
+            num_layers=config.depth,
+            num_single_layers=config.depth_single,
+            attention_head_dim=config.head_dim,
+            num_attention_heads=config.heads,
+            joint_attention_dim=config.context_channels,
+            pooled_projection_dim=config.pooled_channels,
+            guidance_embeds=False,
+            axes_dims_rope=config.rope_axes,
+        )
+    full.fill(model, full.random(run.device), run.dtype)
+    model.eval()
+    for mode in ("eager", "compiled"):
+        if mode == "compiled":
+            compile_blocks(run, (*model.transformer_blocks, *model.single_transformer_blocks))
+        for side in _sizes(run):
+            run.put(f"peers.diffusers_flux.{side}.{mode}.seconds", _flux(run, model, config, side), "s", "info")
+            gc.collect()
+
+
+def _flux(run: Run, model: Any, config: DiTConfig, side: int) -> float:
+    canvas, rows = Canvas(side, side), full.VARIANT.text_tokens
+    random = {"device": run.device, "dtype": run.dtype}
+    tokens = torch.randn(2, 2 * canvas.tokens, config.in_channels, **random)  # type: ignore[call-overload]
+    text = torch.randn(2, rows, config.context_channels, **random)  # type: ignore[call-overload]
+    pooled = torch.randn(2, config.pooled_channels, **random)  # type: ignore[call-overload]
+    ids = image_ids(canvas.grid, full.VARIANT.reference_ids)[0].to(run.device)
+    return run.seconds(
+        lambda: model(
+            hidden_states=tokens,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=torch.full((2,), 0.5, **random),  # type: ignore[call-overload]
+            img_ids=ids,
+            txt_ids=torch.zeros(rows, 3, device=run.device),
+            return_dict=False,
+        )
+    )
+
+
+def memory(run: Run) -> None:
+    """Profiles under the cap they claim: an edit at the largest size must finish, and its peak is kept."""
+    side = _sizes(run)[-1]
+    claimed = {name: load_profile(name).device_memory_gb for name in profile_names()}
+    for name, gigabytes in claimed.items():
+        if not gigabytes:
+            continue
+        if run.device.type == "cuda":
+            total = torch.cuda.get_device_properties(run.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * GB / total), run.device)
+        else:
+            run.notes[f"memory {name}"] = "no cap: not a GPU"
+        engine = _engine(run)
+        engine.edit(photograph(side, side), "make it darker", steps=2, guidance=GUIDANCE, size=side, seed=0)
+        run.peak(f"memory.{name}.peak_reserved")
+        run.put(f"memory.{name}.finished", 1, "", "count", higher=True)

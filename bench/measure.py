@@ -1,0 +1,142 @@
+"""Edits timed on this machine, for its owner: seconds of each stage, peak memory, and how near the device's limit."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import torch
+
+from step1x.bench.ceilings import Ceiling, ceiling
+from step1x.bench.counters import photograph
+from step1x.bench.counting import flop_counter
+from step1x.bench.record import Kind, Metric, Record, place
+from step1x.engine import Engine
+from step1x.engine.image import Canvas
+from step1x.engine.timing import STAGES
+
+if TYPE_CHECKING:
+    from step1x.engine.pipeline import Edit
+
+BAR = 32  # characters of the longest bar
+PICTURE = 256  # pixels on a side of the picture edited, at least the size level
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What to run; None leaves the choice to the model and the machine, as in `step1x-engine edit`."""
+
+    model: str | None = None
+    profile: str | None = None
+    device: str | None = None
+    size: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    runs: int = 3
+
+
+def measure(settings: Settings) -> Record:
+    """Loads the model, edits once cold and `runs` times warm; the figures are medians of the warm edits.
+
+    Raises InputError for bad settings.
+    """
+    engine = Engine.load(settings.model, profile=settings.profile, device=settings.device)
+    side = settings.size or engine.variant.size
+    source = photograph(max(side, PICTURE), max(side, PICTURE))
+
+    def run() -> "Edit":
+        result = engine.edit(
+            source,
+            "make it black and white",
+            steps=settings.steps,
+            guidance=settings.guidance,
+            size=settings.size,
+            seed=0,
+        )
+        with TemporaryDirectory() as folder:
+            result.save(Path(folder) / "edited.png")
+        return result
+
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    cold = run()
+    warm = [run() for _ in range(settings.runs)]
+    limit = ceiling(engine.device, engine.dit.dtype)
+    metrics = timings(cold, warm) | _memory(engine.device) | _floor(run, warm, limit)
+    canvas = Canvas(side, side)
+    return Record(
+        suite="edit",
+        place=place(device_name(engine.device)),
+        profile=settings.profile or ("bf16-80gb" if engine.device.type == "cuda" else "cpu"),
+        size=f"{canvas.width}x{canvas.height}",
+        metrics=metrics,
+        notes={"model": engine.name, "runs": str(settings.runs), "ceiling": limit.source},
+    )
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def timings(cold: "Edit", warm: Sequence["Edit"]) -> dict[str, Metric]:
+    """Medians of the stages, of a step and of the whole over `warm`, and the whole of the first edit."""
+
+    def seconds(value: float, kind: Kind) -> Metric:
+        return Metric(value=value, unit="s", kind=kind)
+
+    stages = [name for name in STAGES if name in cold.timings]
+    found = {f"stage.{name}": seconds(median(edit.timings[name] for edit in warm), "stage") for name in stages}
+    found["step"] = seconds(median(step for edit in warm for step in edit.steps), "step")
+    found["edit"] = seconds(median(sum(edit.timings.values()) for edit in warm), "end-to-end")
+    found["first_edit"] = seconds(sum(cold.timings.values()), "info")
+    return found
+
+
+def _memory(device: torch.device) -> dict[str, Metric]:
+    """Peak bytes: what torch reserved on the GPU, or what the process held on the CPU."""
+    if device.type == "cuda":
+        size = torch.cuda.max_memory_reserved(device)
+        return {"peak_reserved": Metric(value=size, unit="B", kind="memory")}
+    kilo = 1 if sys.platform == "darwin" else 1024
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+    return {"peak_resident": Metric(value=size, unit="B", kind="info")}  # of the whole process: not ours alone
+
+
+def _floor(run: "object", warm: Sequence["Edit"], limit: Ceiling) -> dict[str, Metric]:
+    """FLOPs of an edit, the seconds they would take at the device's limit, and how many times that it took."""
+    assert callable(run)
+    with flop_counter() as counter:
+        run()
+    flops = counter.get_total_flops()
+    whole = median(sum(edit.timings.values()) for edit in warm)
+    return {
+        "flops": Metric(value=flops, unit="FLOP", kind="count"),
+        "ceiling": Metric(value=limit.flops, unit="FLOP/s", kind="info"),
+        "floor": Metric(value=flops / limit.flops, unit="s", kind="info"),
+        "times_floor": Metric(value=whole * limit.flops / flops, unit="", kind="info"),
+    }
+
+
+def report(record: Record) -> str:
+    """A stage table with bars, and a line each for memory and the floor."""
+    values = {name: metric.value for name, metric in record.metrics.items()}
+    stages = {name.removeprefix("stage."): value for name, value in values.items() if name.startswith("stage.")}
+    longest = max(stages.values())
+    lines = [f"{record.place.device}, profile {record.profile}, {record.size}, {record.notes['model']}"]
+    for name in (name for name in STAGES if name in stages):
+        bar = "█" * max(1, round(BAR * stages[name] / longest))
+        lines.append(f"{name:13}{stages[name] * 1e3:10.1f} ms  {bar}")
+    lines.append(f"{'edit':13}{values['edit'] * 1e3:10.1f} ms  (first {values['first_edit'] * 1e3:.1f})")
+    lines.append(f"{'step':13}{values['step'] * 1e3:10.1f} ms")
+    name = "peak_reserved" if "peak_reserved" in values else "peak_resident"
+    lines.append(f"{'memory':13}{values[name] / 1e9:10.2f} GB {name.replace('_', ' ')}")
+    lines.append(
+        f"{'floor':13}{values['floor'] * 1e3:10.1f} ms  {values['flops'] / 1e12:.3g} TFLOP at "
+        f"{values['ceiling'] / 1e12:.3g} TFLOP/s ({record.notes['ceiling']}); the edit took "
+        f"{values['times_floor']:.1f} times that"
+    )
+    return "\n".join(lines)

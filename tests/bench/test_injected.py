@@ -1,0 +1,92 @@
+"""Five regressions put in on purpose, each of which the gate must catch by its name."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from step1x.bench import counters, paired
+from step1x.bench.gate import Baseline, Difference, differences, of_groups, verdict
+from step1x.bench.record import ROOT
+from step1x.engine import denoise
+from step1x.engine.dit import DiT, DoubleBlock
+from step1x.engine.text import Conditioner, Conditioning
+
+
+def failures(group: str) -> dict[str, Difference]:
+    """What the gate says of one group of counters against the committed baseline."""
+    accepted, record = Baseline.read(), counters.measure([group])
+    found = differences(of_groups(accepted.metrics, [group]), record.metrics)
+    holds, lines = verdict(found, accepted.place, record.place)
+    assert holds is not any(one.fails for one in found)
+    assert holds or "bench accept --why" in " ".join(lines)
+    return {one.name: one for one in found if one.fails}
+
+
+def test_an_extra_forward_and_a_copy_to_the_host_in_the_step_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    velocity, euler = DiT.denoise, denoise._euler
+
+    def twice(self: DiT, *arguments: Any) -> torch.Tensor:
+        velocity(self, *arguments)
+        return velocity(self, *arguments)
+
+    def through_the_host(latents: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return euler(latents.cpu().to(latents.device), *arguments)
+
+    monkeypatch.setattr(DiT, "denoise", twice)
+    monkeypatch.setattr(denoise, "_euler", through_the_host)
+    found = failures("edit")
+    # the forward
+    assert (found["edit.dit_forwards"].old, found["edit.dit_forwards"].new) == (8, 16)
+    assert {"edit.denoise.flops", "edit.denoise.launches_per_step"} <= set(found)
+    # the copy
+    assert (found["edit.denoise.waits"].old, found["edit.denoise.waits"].new) == (0, counters.STEPS)
+    assert found["edit.denoise.from_device_bytes"].change == "new"
+    assert "edit.vlm_forwards" not in found
+
+
+def test_a_second_call_of_the_text_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Conditioner.encode
+
+    def twice(self: Conditioner, image: Any, prompts: Sequence[str]) -> list[Conditioning]:
+        encode(self, image, prompts)
+        return encode(self, image, prompts)
+
+    monkeypatch.setattr(Conditioner, "encode", twice)
+    found = failures("edit")
+    assert (found["edit.vlm_forwards"].old, found["edit.vlm_forwards"].new) == (2, 4)
+    assert found["edit.vision_forwards"].new == 2
+    assert "edit.encode_text.flops" in found
+    assert not [name for name in found if "denoise" in name]
+
+
+def test_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = DoubleBlock.forward
+
+    def broken(self: DoubleBlock, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        torch._dynamo.graph_break()
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(DoubleBlock, "forward", broken)
+    found = failures("graphs")
+    assert found["graphs.breaks"].old == 0
+    assert (found["graphs.breaks"].new or 0) >= 1
+
+
+def test_a_pause_in_the_step_loop(tmp_path: Path) -> None:
+    """A copy of the tree with a pause in every step, timed against the tree."""
+    slow = tmp_path / "slow"
+    for package in ("engine", "profiles", "kernels", "quant"):
+        shutil.copytree(ROOT / package, slow / package, ignore=shutil.ignore_patterns("bundled", "__pycache__"))
+    (slow / "engine" / "bundled").symlink_to(ROOT / "engine" / "bundled")
+    file = slow / "engine" / "denoise.py"
+    text = file.read_text()
+    loop = "        now, following = "
+    assert text.count(loop) == 1
+    file.write_text(text.replace(loop, f"        __import__('time').sleep(0.2)\n{loop}"))
+    ratios = {one.name: one for one in paired.measure(slow, ROOT, pairs=10, cases=["edit"])}
+    assert {name for name, one in ratios.items() if one.slower} == {"edit.denoise_step", "edit.end_to_end"}
+    assert ratios["edit.denoise_step"].pairs == 10
