@@ -3,7 +3,8 @@
     python -m step1x.bench.battery [--part NAME] [--smoke] [--out DIR] [--again]
 
 Each part runs in a process of its own, so that a crash or a full card costs one part, and leaves its record in DIR; a
-part whose record of this commit is there already is not run again. The last thing printed is a short table.
+part whose record of this commit is there already is not run again. DIR/battery.log has all that was said; the last
+thing printed is a short table.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch
 from step1x.bench.measure import device_name
 from step1x.bench.record import ROOT, Kind, Metric, Record, place, revision
 
+LOG = "battery.log"  # in the folder of records: what every part said
 # Seconds that a part may take; together nine minutes.
 PARTS = {"kernels": 70, "dit": 150, "e2e": 170, "peers": 90, "memory": 60}
 
@@ -106,6 +108,7 @@ def run_all(parts: Sequence[str], out: Path, commit: str, smoke: bool, again: bo
     """Each part in its own process; returns those that failed."""
     failed = []
     dirty = revision()[1]
+    (out / LOG).unlink(missing_ok=True)
     for part in parts:
         path = out / f"{part}.json"
         if not again and not dirty and done_already(path, commit):
@@ -115,15 +118,25 @@ def run_all(parts: Sequence[str], out: Path, commit: str, smoke: bool, again: bo
         words = [sys.executable, "-m", "step1x.bench.battery", "--part", part, "--out", str(out)]
         words += ["--commit", commit, "--inside"]
         started = time.monotonic()
-        try:
-            code = subprocess.run([*words, *(["--smoke"] if smoke else [])], timeout=PARTS[part]).returncode
-            end = "" if code == 0 else f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            end = f"stopped after {PARTS[part]} s"
+        end = _in_a_process([*words, *(["--smoke"] if smoke else [])], PARTS[part], out / LOG)
         click.echo(f"{part}: {end or 'done'} in {time.monotonic() - started:.0f} s", err=True)
         if end:
             failed.append(part)
     return failed
+
+
+def _in_a_process(words: Sequence[str], seconds: float, log: Path) -> str:
+    """Runs a command with what it says on stderr in `log`, then here; returns how it failed, "" if it did not."""
+    with log.open("a+", encoding="utf-8") as file:
+        start = file.tell()
+        try:
+            code = subprocess.run(words, timeout=seconds, stderr=file).returncode
+            end = "" if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            end = f"stopped after {seconds:g} s"
+        file.seek(start)
+        click.echo(file.read(), err=True, nl=False)
+    return end
 
 
 def merged(out: Path, commit: str) -> Record:

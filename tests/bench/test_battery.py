@@ -97,3 +97,4 @@ def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path: Path, monkeypatc
     part(tmp_path, "dit", commit="0" * 40)  # of another commit: must not pass for this run's
     assert run_all(["dit", "none"], tmp_path, revision()[0], smoke=True, again=False) == ["dit", "none"]
     assert not list(tmp_path.glob("*.json"))
+    assert "'none' is not one of" in (tmp_path / battery.LOG).read_text()
