@@ -1,7 +1,8 @@
 """Wall time of this tree against another revision, pair by pair, so that a machine's drift cancels.
 
-Each side is a process of its own that stays alive; the cases of worker.py run A B A B on them. The verdict is on the
-median ratio of the pairs and its bootstrap interval: slower means that the whole interval lies above LIMIT.
+Each side is a process of its own that stays alive; the cases of worker.py run A B B A on them. Two processes of the
+same code differ too (where memory and threads came to lie), by up to 10 %, so both are started anew PROCESSES times,
+and the bootstrap draws processes, then pairs. Slower means that the whole interval of the median lies above LIMIT.
 """
 
 import json
@@ -21,8 +22,10 @@ from step1x.engine.errors import InputError
 
 LIMIT = 1.10
 PAIRS = 12
+PROCESSES = 4
 RESAMPLES = 4000
 CASES = ("edit", "operations", "startup")
+Seconds = dict[str, list[list[float]]]  # metric -> (processes, pairs)
 MAIN_BRANCHES = ("origin/HEAD", "origin/main", "origin/master", "main")
 
 
@@ -47,27 +50,39 @@ class Ratio:
         return f"{self.name:24} {self.seconds * 1e3:9.2f} ms  {interval} {mark}".rstrip()
 
 
-def ratio(name: str, ours: Sequence[float], others: Sequence[float]) -> Ratio:
-    """The ratio of paired seconds."""
+def ratio(name: str, ours: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> Ratio:
+    """The ratio of paired seconds, (processes, pairs) on each side."""
     ratios = np.log(np.asarray(ours) / np.asarray(others))
-    draws = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    medians = np.median(ratios[draws], axis=1)
-    low, high = np.exp(np.quantile(medians, (0.025, 0.975)))
+    processes, pairs = ratios.shape
+    random = np.random.default_rng(0)
+    chosen = random.integers(processes, size=(RESAMPLES, processes, 1))
+    draws = ratios[chosen, random.integers(pairs, size=(RESAMPLES, processes, pairs))]
+    low, high = np.exp(np.quantile(np.median(draws, axis=(1, 2)), (0.025, 0.975)))
     middle = float(np.exp(np.median(ratios)))
-    return Ratio(name, middle, float(low), float(high), float(np.median(ours)), len(ratios))
+    return Ratio(name, middle, float(low), float(high), float(np.median(ours)), ratios.size)
 
 
 def measure(ours: Path, other: Path, *, pairs: int = PAIRS, cases: Sequence[str] = CASES) -> list[Ratio]:
-    """Ratios of every metric that both trees (roots of checkouts) have."""
-    sides: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
-    with _worker(ours) as first, _worker(other) as second:
-        for case in cases:
-            for round_ in range(pairs + 1):  # the first round warms up
-                for worker, seconds in zip((first, second), sides, strict=True):
-                    for name, value in worker.ask(case).items():
-                        if round_:
-                            seconds.setdefault(name, []).append(value)
+    """Ratios of every metric that both trees (roots of checkouts) have; `pairs` is rounded up for the processes."""
+    sides: tuple[Seconds, Seconds] = ({}, {})
+    for _ in range(PROCESSES):
+        with _worker(ours) as first, _worker(other) as second:
+            for case in cases:
+                _rounds((first, second), case, -(-pairs // PROCESSES), sides)
     return [ratio(name, sides[0][name], sides[1][name]) for name in sides[0] if name in sides[1]]
+
+
+def _rounds(workers: "tuple[_Worker, _Worker]", case: str, pairs: int, sides: tuple[Seconds, Seconds]) -> None:
+    """Runs a case once to warm up and `pairs` times on both sides, and adds a row of seconds to each metric."""
+    found: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
+    for index in range(pairs + 1):
+        for side in (0, 1) if index % 2 else (1, 0):
+            for name, value in workers[side].ask(case).items():
+                if index:
+                    found[side].setdefault(name, []).append(value)
+    for seconds, rows in zip(sides, found, strict=True):
+        for name, row in rows.items():
+            seconds.setdefault(name, []).append(row)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,6 @@ def test_a_pause_in_the_step_loop(tmp_path: Path) -> None:
     loop = "        now, following = "
     assert text.count(loop) == 1
     file.write_text(text.replace(loop, f"        __import__('time').sleep(0.2)\n{loop}"))
-    ratios = {one.name: one for one in paired.measure(slow, ROOT, pairs=10, cases=["edit"])}
+    ratios = {one.name: one for one in paired.measure(slow, ROOT, pairs=12, cases=["edit"])}
     assert {name for name, one in ratios.items() if one.slower} == {"edit.denoise_step", "edit.end_to_end"}
-    assert ratios["edit.denoise_step"].pairs == 10
+    assert ratios["edit.denoise_step"].pairs == 12
