@@ -7,7 +7,6 @@ part whose record of this commit is there already is not run again. DIR/battery.
 thing printed is a short table.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -18,8 +17,11 @@ from pathlib import Path
 import click
 import torch
 
+from step1x.bench.ceilings import timed
 from step1x.bench.measure import device_name
 from step1x.bench.record import ROOT, Kind, Metric, Record, place, revision
+from step1x.engine.errors import InputError
+from step1x.profiles import default_profile
 
 LOG = "battery.log"  # in the folder of records: what every part said
 # Seconds that a part may take; together nine minutes.
@@ -55,20 +57,8 @@ class Run:
     def seconds(self, call: Callable[[], object], repeats: int = 5) -> float:
         """Median seconds of a call after a warm-up, by the device's own clock where it has one."""
         call()
-        times = sorted(self._timed(call) for _ in range(1 if self.smoke else repeats))
+        times = sorted(timed(call, self.device) for _ in range(1 if self.smoke else repeats))
         return times[len(times) // 2]
-
-    def _timed(self, call: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1000
 
 
 def run_part(name: str, smoke: bool, commit: str) -> Record:
@@ -83,25 +73,31 @@ def run_part(name: str, smoke: bool, commit: str) -> Record:
         "memory": battery_model.memory,
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = Run(device, smoke or device.type != "cuda")
+    run = Run(device, size_name(smoke) == "smoke")
     with torch.no_grad():
         parts[name](run)
     return Record(
         suite="battery",
         place=place(device_name(device)).model_copy(update={"commit": commit}),
-        profile="bf16-80gb" if device.type == "cuda" else "cpu",
-        size="smoke" if run.smoke else "full",
+        profile=default_profile(cuda=device.type == "cuda"),
+        size=size_name(smoke),
         metrics=run.metrics,
         notes=run.notes,
     )
 
 
-def done_already(path: Path, commit: str) -> bool:
-    """Whether `path` holds a record of this commit."""
+def size_name(smoke: bool) -> str:
+    """Of the records. A machine without a GPU runs only the small shapes."""
+    return "smoke" if smoke or not torch.cuda.is_available() else "full"
+
+
+def done_already(path: Path, commit: str, size: str) -> bool:
+    """Whether `path` holds a record of this commit and size."""
     try:
-        return bool(commit) and json.loads(path.read_text())["place"]["commit"] == commit
-    except (OSError, ValueError, KeyError, TypeError):
+        found = Record.read(path)
+    except InputError:
         return False
+    return bool(commit) and (found.place.commit, found.size) == (commit, size)
 
 
 def run_all(parts: Sequence[str], out: Path, commit: str, smoke: bool, again: bool) -> list[str]:
@@ -111,7 +107,7 @@ def run_all(parts: Sequence[str], out: Path, commit: str, smoke: bool, again: bo
     (out / LOG).unlink(missing_ok=True)
     for part in parts:
         path = out / f"{part}.json"
-        if not again and not dirty and done_already(path, commit):
+        if not again and not dirty and done_already(path, commit, size_name(smoke)):
             click.echo(f"{part}: {path} is of this commit, not run again (--again)", err=True)
             continue
         path.unlink(missing_ok=True)
@@ -139,8 +135,8 @@ def _in_a_process(words: Sequence[str], seconds: float, log: Path) -> str:
     return end
 
 
-def merged(out: Path, commit: str) -> Record:
-    """The records of the parts in `out` as one, those of this commit. Raises ClickException if there is none."""
+def merged(out: Path, commit: str, size: str) -> Record:
+    """The records of the parts in `out` as one, those of this commit and size. Raises ClickException if none."""
     records, notes = {}, {}
     for part in PARTS:
         path = out / f"{part}.json"
@@ -148,6 +144,8 @@ def merged(out: Path, commit: str) -> Record:
             notes[part] = "no record: it failed or was not run"
         elif (found := Record.read(path)).place.commit != commit:
             notes[part] = f"its record is of another commit: {found.place.commit[:12]}"
+        elif found.size != size:
+            notes[part] = f"its record is of another size: {found.size}"
         else:
             records[part] = found
     if not records:
@@ -188,7 +186,7 @@ def main(parts: tuple[str, ...], out: Path, commit: str | None, **how: bool) -> 
         raise click.UsageError("no CUDA device here; --smoke runs every part on the CPU with small shapes")
     chosen = parts or tuple(PARTS)
     failed = run_all(chosen, out, commit, smoke, again)
-    record = merged(out, commit)
+    record = merged(out, commit, size_name(smoke))
     record.write(out / "battery.json")
     click.echo(table(record))
     if failed:

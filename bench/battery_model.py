@@ -4,8 +4,6 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +13,7 @@ from step1x.bench import formula, full
 from step1x.bench.battery import Run
 from step1x.bench.ceilings import gemm_rate
 from step1x.bench.counters import photograph
-from step1x.bench.measure import timings
+from step1x.bench.measure import edit_and_save, timings
 from step1x.engine import Engine, released, sizes
 from step1x.engine.dit import DiT, DiTConfig
 from step1x.engine.folder import locate
@@ -47,13 +45,6 @@ def _config(run: Run) -> DiTConfig:
     return sizes.dit_config(folder.dit, folder.dit_configs)
 
 
-def _transformer(run: Run) -> DiT:
-    with torch.device("meta"):
-        model = DiT(_config(run))
-    full.fill(model, full.random(run.device), run.dtype)
-    return model
-
-
 def compile_blocks(run: Run, blocks: Iterable[nn.Module]) -> None:
     """Compiles each block by itself: blocks of a kind share one compilation, which serves all sizes.
 
@@ -66,7 +57,8 @@ def compile_blocks(run: Run, blocks: Iterable[nn.Module]) -> None:
 
 def dit(run: Run) -> None:
     """One forward with both guidance branches, eager and compiled: seconds, rate, ratio to the floor, memory."""
-    model = _transformer(run)
+    model = full.hollow_dit(_config(run))
+    full.fill(model, full.random(run.device), run.dtype)
     rate = gemm_rate(run.device, run.dtype)
     run.put("dit.ceiling", rate, "FLOP/s", "info", higher=True)
     for mode in ("eager", "compiled"):
@@ -92,31 +84,24 @@ def _forward(run: Run, model: DiT, name: str, canvas: Canvas, rate: float) -> No
     run.peak(f"{name}.peak_reserved")
 
 
-def _engine(run: Run) -> Engine:
+def _engine(run: Run, dtype: torch.dtype) -> Engine:
     """The released model with random weights, or the bundled one."""
-    return Engine.load(device=str(run.device), dtype=run.dtype) if run.smoke else full.engine(run.device, run.dtype)
+    return Engine.load(device=str(run.device), dtype=dtype) if run.smoke else full.engine(run.device, dtype)
 
 
 def e2e(run: Run) -> None:
     """Whole edits with guidance: stages, first and warm run, and how long the GPU waits between steps."""
-    engine, steps = _engine(run), _steps(run)
+    engine, steps = _engine(run, run.dtype), _steps(run)
 
     def edit(side: int, count: int, on_stage: Callable[[str], None] | None = None) -> "Edit":
-        result = engine.edit(
-            photograph(side, side),
-            "make it darker",
-            steps=count,
-            guidance=GUIDANCE,
-            size=side,
-            seed=0,
-            on_stage=on_stage,
+        return edit_and_save(
+            engine, photograph(side, side), steps=count, guidance=GUIDANCE, size=side, seed=0, on_stage=on_stage
         )
-        with TemporaryDirectory() as folder:
-            result.save(Path(folder) / "edited.png")
-        return result
 
+    first = min(4, steps)
+    run.notes["first_edit"] = f"of {first} steps, the others of {steps}"
     for side in _sizes(run):
-        cold = edit(side, min(4, steps))  # few steps suffice to be first
+        cold = edit(side, first)
         for name, metric in timings(cold, [edit(side, steps)]).items():
             run.metrics[f"e2e.{side}.{name}"] = metric
         run.put(f"e2e.{side}.edit", run.metrics[f"e2e.{side}.edit"].value, "s", "end-to-end")
@@ -219,18 +204,20 @@ def _flux(run: Run, model: Any, config: DiTConfig, side: int) -> float:
 
 
 def memory(run: Run) -> None:
-    """Profiles under the cap they claim: an edit at the largest size must finish, and its peak is kept."""
+    """Profiles under the cap they claim: an edit at the largest size must finish; its seconds and peak are kept."""
     side = _sizes(run)[-1]
-    claimed = {name: load_profile(name).device_memory_gb for name in profile_names()}
-    for name, gigabytes in claimed.items():
-        if not gigabytes:
+    for profile in (load_profile(name) for name in profile_names()):
+        if not profile.device_memory_gb:
             continue
         if run.device.type == "cuda":
             total = torch.cuda.get_device_properties(run.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * GB / total), run.device)
+            share = min(1.0, profile.device_memory_gb * GB / total)
+            torch.cuda.set_per_process_memory_fraction(share, run.device)
         else:
-            run.notes[f"memory {name}"] = "no cap: not a GPU"
-        engine = _engine(run)
-        engine.edit(photograph(side, side), "make it darker", steps=2, guidance=GUIDANCE, size=side, seed=0)
-        run.peak(f"memory.{name}.peak_reserved")
-        run.put(f"memory.{name}.finished", 1, "", "count", higher=True)
+            run.notes[f"memory {profile.name}"] = "no cap: not a GPU"
+        engine = _engine(run, getattr(torch, profile.dtype))
+        edit = edit_and_save(engine, photograph(side, side), steps=2, guidance=GUIDANCE, size=side, seed=0)
+        run.put(f"memory.{profile.name}.edit", sum(edit.timings.values()), "s", "info")
+        run.peak(f"memory.{profile.name}.peak_reserved")
+        del engine, edit
+        gc.collect()

@@ -31,10 +31,10 @@ VISION_WINDOW = 4  # merged cells on a side of a window of the vision tower: 112
 Make = Callable[[torch.Size, torch.dtype], Tensor]
 
 
-def hollow_dit(*, fp32_norms: bool = True) -> DiT:
-    """The transformer with its connector on the meta device. fp32_norms: the official presets' dtype flow."""
+def hollow_dit(config: DiTConfig | None = None) -> DiT:
+    """The transformer with its connector on the meta device. config: of another than the released one."""
     with torch.device("meta"):
-        return DiT(released.dit_config(VERSION), fp32_norms)
+        return DiT(config or released.dit_config(VERSION))
 
 
 def hollow_vae() -> VAE:

@@ -2,12 +2,12 @@
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,11 +18,15 @@ from step1x.bench.record import Kind, Metric, Record, place
 from step1x.engine import Engine
 from step1x.engine.image import Canvas
 from step1x.engine.timing import STAGES
+from step1x.profiles import default_profile
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from step1x.engine.pipeline import Edit
 
 BAR = 32  # characters of the longest bar
+INSTRUCTION = "make it black and white"
 PICTURE = 256  # pixels on a side of the picture edited, at least the size level
 
 
@@ -49,33 +53,34 @@ def measure(settings: Settings) -> Record:
     source = photograph(max(side, PICTURE), max(side, PICTURE))
 
     def run() -> "Edit":
-        result = engine.edit(
-            source,
-            "make it black and white",
-            steps=settings.steps,
-            guidance=settings.guidance,
-            size=settings.size,
-            seed=0,
+        return edit_and_save(
+            engine, source, steps=settings.steps, guidance=settings.guidance, size=settings.size, seed=0
         )
-        with TemporaryDirectory() as folder:
-            result.save(Path(folder) / "edited.png")
-        return result
 
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     cold = run()
     warm = [run() for _ in range(settings.runs)]
     limit = ceiling(engine.device, engine.dit.dtype)
-    metrics = timings(cold, warm) | _memory(engine.device) | _floor(run, warm, limit)
+    metrics = timings(cold, warm) | _memory(engine.device)
+    metrics |= _floor(run, metrics["edit"].value, limit)
     canvas = Canvas(side, side)
     return Record(
         suite="edit",
         place=place(device_name(engine.device)),
-        profile=settings.profile or ("bf16-80gb" if engine.device.type == "cuda" else "cpu"),
+        profile=settings.profile or default_profile(cuda=engine.device.type == "cuda"),
         size=f"{canvas.width}x{canvas.height}",
         metrics=metrics,
         notes={"model": engine.name, "runs": str(settings.runs), "ceiling": limit.source},
     )
+
+
+def edit_and_save(engine: Engine, source: "Image", **settings: Any) -> "Edit":
+    """One edit with the settings of `Engine.edit`, and its picture written, so that saving is timed too."""
+    result = engine.edit(source, INSTRUCTION, **settings)
+    with TemporaryDirectory() as folder:
+        result.save(Path(folder) / "edited.png")
+    return result
 
 
 def device_name(device: torch.device) -> str:
@@ -106,13 +111,11 @@ def _memory(device: torch.device) -> dict[str, Metric]:
     return {"peak_resident": Metric(value=size, unit="B", kind="info")}  # of the whole process: not ours alone
 
 
-def _floor(run: "object", warm: Sequence["Edit"], limit: Ceiling) -> dict[str, Metric]:
-    """FLOPs of an edit, the seconds they would take at the device's limit, and how many times that it took."""
-    assert callable(run)
+def _floor(run: Callable[[], object], whole: float, limit: Ceiling) -> dict[str, Metric]:
+    """FLOPs of an edit, the seconds they would take at the device's limit, and how many times that `whole` is."""
     with flop_counter() as counter:
         run()
     flops = counter.get_total_flops()
-    whole = median(sum(edit.timings.values()) for edit in warm)
     return {
         "flops": Metric(value=flops, unit="FLOP", kind="count"),
         "ceiling": Metric(value=limit.flops, unit="FLOP/s", kind="info"),

@@ -69,27 +69,30 @@ def part(out: Path, name: str, commit: str | None = None) -> None:
 
 def test_parts_become_one_record(tmp_path: Path) -> None:
     with pytest.raises(click.ClickException, match="no part"):
-        merged(tmp_path, revision()[0])
+        merged(tmp_path, revision()[0], "smoke")
     part(tmp_path, "dit")
     part(tmp_path, "e2e")
     part(tmp_path, "peers", commit="f" * 40)
-    record = merged(tmp_path, revision()[0])
+    record = merged(tmp_path, revision()[0], "smoke")
     assert set(record.metrics) == {"dit.x", "e2e.x"}
     assert record.notes["kernels"] == "no record: it failed or was not run"
     assert record.notes["peers"] == "its record is of another commit: ffffffffffff"
     shown = table(record)
     assert "dit.x" in shown
     assert "dit: fine" in shown
+    with pytest.raises(click.ClickException, match="no part"):
+        merged(tmp_path, revision()[0], "full")
 
 
 def test_done_already(tmp_path: Path) -> None:
     part(tmp_path, "dit")
     commit, _ = revision()
-    assert done_already(tmp_path / "dit.json", commit)
-    assert not done_already(tmp_path / "dit.json", "0" * 40)
-    assert not done_already(tmp_path / "none.json", commit)
+    assert done_already(tmp_path / "dit.json", commit, "smoke")
+    assert not done_already(tmp_path / "dit.json", commit, "full")
+    assert not done_already(tmp_path / "dit.json", "0" * 40, "smoke")
+    assert not done_already(tmp_path / "none.json", commit, "smoke")
     (tmp_path / "bad.json").write_text(json.dumps([]))
-    assert not done_already(tmp_path / "bad.json", commit)
+    assert not done_already(tmp_path / "bad.json", commit, "smoke")
 
 
 def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

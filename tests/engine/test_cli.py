@@ -26,6 +26,11 @@ from step1x.engine.progress import Progress, terminal
 ROOT = Path(__file__).parents[2]
 
 
+def default_interrupt() -> None:
+    """A job in a shell's background has SIGINT ignored, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Engine:
     """Inverts pictures, and remembers what it was asked."""
 
@@ -307,7 +312,9 @@ def test_progress_is_for_people_only(monkeypatch):
 def test_ctrl_c_while_waiting_for_the_picture(tmp_path):
     command = [sys.executable, "-m", "step1x.engine", "edit", "-", "x", "-o", "out.png"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=default_interrupt
+    ) as process:
         assert process.stdin is not None
         process.stdin.write(b"\x89PNG" * 100_000)  # more than a pipe holds: when this returns, it is reading
         process.stdin.flush()

@@ -168,6 +168,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def default_interrupt() -> None:
+    """A job in a shell's background has SIGINT ignored, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def limited() -> None:
     """In the child: 2 GB of address space; a decoded bomb needs more."""
     resource.setrlimit(resource.RLIMIT_AS, (2 * GIGABYTE, 2 * GIGABYTE))
@@ -363,7 +368,7 @@ class TestWithTheModel:
             "1000",
             "--force",
         ]
-        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, preexec_fn=default_interrupt) as process:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(6)  # loading or denoising: it must not matter
             process.send_signal(signal.SIGINT)
