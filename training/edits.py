@@ -23,21 +23,21 @@ COLOURS = {
     "orange": ("橙色", (0.98, 0.55, 0.10)),
 }
 SHAPES = {"circle": ("圆", "圆形"), "square": ("方块", "正方形")}
-NEAR, FAR = 0.24, 0.76  # centres of the outer places
-# name -> (Chinese, centre as fractions of width and height)
+# name -> (Chinese, column and row: -1 at the left or top edge, 0 in the middle, 1 at the right or bottom edge)
 PLACES = {
-    "top left": ("左上角", (NEAR, NEAR)),
-    "top": ("上方", (0.5, NEAR)),
-    "top right": ("右上角", (FAR, NEAR)),
-    "left": ("左边", (NEAR, 0.5)),
-    "centre": ("中间", (0.5, 0.5)),
-    "right": ("右边", (FAR, 0.5)),
-    "bottom left": ("左下角", (NEAR, FAR)),
-    "bottom": ("下方", (0.5, FAR)),
-    "bottom right": ("右下角", (FAR, FAR)),
+    "top left": ("左上角", (-1, -1)),
+    "top": ("上方", (0, -1)),
+    "top right": ("右上角", (1, -1)),
+    "left": ("左边", (-1, 0)),
+    "centre": ("中间", (0, 0)),
+    "right": ("右边", (1, 0)),
+    "bottom left": ("左下角", (-1, 1)),
+    "bottom": ("下方", (0, 1)),
+    "bottom right": ("右下角", (1, 1)),
 }
 HALVES = {"left": "左半边", "right": "右半边", "top": "上半部分", "bottom": "下半部分"}
 RADIUS = 0.22  # of the shorter side: half the extent of an added shape
+INSET = 0.24  # of the shorter side: how far from an edge a shape at it has its centre
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +127,26 @@ LOCAL = ("add", "remove", "recolour", "reshape", "paint_half")
 FAMILIES = (*GLOBAL, "tint", *LOCAL)
 
 
-def coverage(shape: str, centre: tuple[float, float], size: tuple[int, int]) -> Picture:
-    """Antialiased coverage (height, width) in [0, 1] of a shape of RADIUS at `centre` (fractions)."""
+def centre(place: str, size: tuple[int, int]) -> tuple[float, float]:
+    """Column and row in pixels of the middle of a shape at `place` of a picture (height, width).
+
+    Outer places keep their distance from the edge, whatever the aspect.
+    """
+    inset = INSET * min(size)
+    column, row = (
+        (inset, extent / 2, extent - inset)[side + 1] for side, extent in zip(PLACES[place][1], size[::-1], strict=True)
+    )
+    return column, row
+
+
+def coverage(shape: str, place: str, size: tuple[int, int]) -> Picture:
+    """Antialiased coverage (height, width) in [0, 1] of a shape of RADIUS at `place`."""
     height, width = size
-    radius = RADIUS * min(height, width)
-    x = np.arange(width, dtype=np.float32)[None] + np.float32(0.5 - centre[0] * width)
-    y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - centre[1] * height)
+    column, row = centre(place, size)
+    x = np.arange(width, dtype=np.float32)[None] + np.float32(0.5 - column)
+    y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - row)
     reach = np.sqrt(x * x + y * y) if shape == "circle" else np.maximum(np.abs(x), np.abs(y))
-    return np.clip(0.5 - (reach - radius), 0, 1).astype(np.float32)
+    return np.clip(0.5 - (reach - RADIUS * min(size)), 0, 1).astype(np.float32)
 
 
 def painted(picture: Picture, cover: Picture, colour: str) -> Picture:
@@ -170,7 +182,7 @@ def _tint(picture: Picture, random: Random, chinese: float) -> Sample:
 def _add(picture: Picture, random: Random, chinese: float) -> Sample:
     colour, shape, place = pick(random, COLOURS), pick(random, SHAPES), pick(random, PLACES)
     where = "in the centre" if place == "centre" else f"at the {place}"
-    spot, (x, y) = PLACES[place]
+    spot = PLACES[place][0]
     words = wording(
         random,
         (f"add a {colour} {shape} {where}", f"put a {colour} {shape} {where}"),
@@ -180,16 +192,15 @@ def _add(picture: Picture, random: Random, chinese: float) -> Sample:
         ),
         chinese,
     )
-    cover = coverage(shape, (x, y), picture.shape[:2])
+    cover = coverage(shape, place, picture.shape[:2])
     return Sample("add", words, picture, painted(picture, cover, colour), cover)
 
 
-def _object(picture: Picture, random: Random) -> tuple[str, str, tuple[float, float], Picture, Picture]:
-    """A colour, a shape, a centre, its coverage, and the picture with it."""
+def _object(picture: Picture, random: Random) -> tuple[str, str, str, Picture, Picture]:
+    """A colour, a shape, a place, its coverage, and the picture with it."""
     colour, shape, place = pick(random, COLOURS), pick(random, SHAPES), pick(random, PLACES)
-    centre = PLACES[place][1]
-    cover = coverage(shape, centre, picture.shape[:2])
-    return colour, shape, centre, cover, painted(picture, cover, colour)
+    cover = coverage(shape, place, picture.shape[:2])
+    return colour, shape, place, cover, painted(picture, cover, colour)
 
 
 def _remove(picture: Picture, random: Random, chinese: float) -> Sample:
@@ -219,7 +230,7 @@ def _recolour(picture: Picture, random: Random, chinese: float) -> Sample:
 
 
 def _reshape(picture: Picture, random: Random, chinese: float) -> Sample:
-    colour, shape, centre, cover, source = _object(picture, random)
+    colour, shape, place, cover, source = _object(picture, random)
     new = other(random, SHAPES, shape)
     words = wording(
         random,
@@ -230,7 +241,7 @@ def _reshape(picture: Picture, random: Random, chinese: float) -> Sample:
         ),
         chinese,
     )
-    new_cover = coverage(new, centre, picture.shape[:2])
+    new_cover = coverage(new, place, picture.shape[:2])
     target = painted(picture, new_cover, colour)
     return Sample("reshape", words, source, target, np.maximum(cover, new_cover))
 

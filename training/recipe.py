@@ -126,7 +126,7 @@ CPU = Recipe(
     stages=(
         Stage(canvases=((64, 64),), batch=16, share=0.2),
         Stage(canvases=((64, 64), (128, 128), (144, 96), (96, 144)), batch=16, share=0.45),
-        Stage(canvases=((192, 192), (256, 256), (304, 208), (208, 304), (320, 192)), batch=8, share=0.35),
+        Stage(canvases=((192, 192), (256, 256), (304, 208), (208, 304), (288, 208), (320, 192)), batch=8, share=0.35),
     ),
     lr=1e-3,
     scale_lr=6e-3,
@@ -162,7 +162,7 @@ GPU = replace(
     stages=(
         Stage(canvases=((64, 64),), batch=128, share=0.15),
         Stage(canvases=((64, 64), (128, 128), (144, 96), (96, 144)), batch=128, share=0.45),
-        Stage(canvases=((192, 192), (256, 256), (304, 208), (208, 304), (320, 192)), batch=48, share=0.4),
+        Stage(canvases=((192, 192), (256, 256), (304, 208), (208, 304), (288, 208), (320, 192)), batch=48, share=0.4),
     ),
     pool=2048,
     refresh=0.15,

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step1x.training.edits import COLOURS, FAMILIES, GLOBAL, LOCAL, PLACES, all_wordings, coverage, rgb, sample
+from step1x.training.edits import COLOURS, FAMILIES, GLOBAL, LOCAL, PLACES, all_wordings, centre, coverage, rgb, sample
 
 
 def picture(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
@@ -37,13 +37,13 @@ def test_local_edits_leave_the_rest_alone(family: str) -> None:
 @given(st.integers(16, 90), st.integers(16, 90), st.sampled_from(sorted(PLACES)), st.sampled_from(["circle", "square"]))
 @settings(max_examples=40, deadline=None)
 def test_shapes_lie_inside_at_their_place(height: int, width: int, place: str, shape: str) -> None:
-    centre = PLACES[place][1]
-    cover = coverage(shape, centre, (height, width))
+    column, row = centre(place, (height, width))
+    cover = coverage(shape, place, (height, width))
     assert cover.min() >= 0
     assert cover.max() <= 1
     rows, columns = np.nonzero(cover > 0.5)
-    assert abs(columns.mean() + 0.5 - centre[0] * width) < 1.5
-    assert abs(rows.mean() + 0.5 - centre[1] * height) < 1.5
+    assert abs(columns.mean() + 0.5 - column) < 1.5
+    assert abs(rows.mean() + 0.5 - row) < 1.5
 
 
 def test_global_edits_are_what_they_say() -> None:
