@@ -1,11 +1,10 @@
 """The battery's first part: what the device allows at our shapes, and whether every kernel of ours is right on it."""
 
-import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
-from types import ModuleType
-from typing import TYPE_CHECKING
+from math import inf
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from step1x.bench.battery import Run
-from step1x.bench.record import ROOT
+from step1x.kernels.aot import modules
+from step1x.kernels.launch import Op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,9 +48,19 @@ def kernels(run: Run) -> None:
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
-    """‖out - expected‖ / ‖expected‖ in float64; NaN counts as infinite."""
-    error = (out.double() - expected.double()).norm() / expected.double().norm()
-    return float(error.nan_to_num(float("inf")))
+    """‖out - expected‖ / ‖expected‖, as `relative_errors` has it."""
+    return relative_errors(out, expected).item()
+
+
+def relative_errors(out: Tensor, expected: Tensor, dim: int | None = None) -> Tensor:
+    """‖out - expected‖ / ‖expected‖ in float64, over all or along one axis.
+
+    0 where they agree, also if both are zero or the same infinity; NaN counts as infinite.
+    """
+    out, expected = out.double(), expected.double()
+    error = (out - expected).masked_fill_(out == expected, 0).norm(dim=dim)
+    relative = error / expected.masked_fill(expected.isinf(), 0).norm(dim=dim)
+    return relative.nan_to_num(inf, posinf=inf).masked_fill(error == 0, 0)
 
 
 def require(what: str, error: float, bound: float) -> None:
@@ -111,35 +121,50 @@ def _attention(run: Run, shape: tuple[int, int, int, int]) -> None:
         run.put(f"ceiling.attention_{name}_{rows}", flops / seconds, "FLOP/s", "info", higher=True)
 
 
-def our_kernels() -> list[ModuleType]:
-    """The modules of kernels/."""
-    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-    return [importlib.import_module(f"step1x.kernels.{name}") for name in names]
+def our_kernels() -> list[Op]:
+    """Every operation of kernels/."""
+    return [op for module in modules() for op in module.OPS]
 
 
-def check_kernels(run: Run, modules: Iterable[ModuleType]) -> int:
-    """Each op on its own `examples(device, dtype)`, against its reference in float32; returns how many there were.
+def check_kernels(run: Run, ops: Iterable[Op]) -> int:
+    """Each op on its own examples, against its reference in float32; returns how many there were.
 
-    A module is named like its op and has `<op>`, `<op>_reference` and `examples`, which yields fresh random arguments.
-    Memory is poisoned with NaN before it is handed out. Raises RuntimeError for the first that is wrong.
+    Compared are the results and the arguments, since an op may write to some. Memory is poisoned with NaN before it is
+    handed out. Raises RuntimeError for the first that is wrong.
     """
     checked = 0
-    for module in modules:
-        name = module.__name__.rpartition(".")[2]
-        op: Callable[..., Tensor] = getattr(module, name)
-        reference: Callable[..., Tensor] = getattr(module, f"{name}_reference")
-        for arguments in module.examples(run.device, run.dtype):
-            wide = [one.float() if isinstance(one, Tensor) and one.is_floating_point() else one for one in arguments]
-            with _poisoned():
-                out = op(*arguments)
-            require(f"kernel {name}", relative_error(out, reference(*wide)), BOUND[run.dtype])
-        run.put(f"kernel.{name}", run.seconds(partial(op, *arguments)), "s", "stage")
+    for op in ops:
+        for arguments in op.examples(run.device, run.dtype):
+            wide = [_widened(one) for one in arguments]
+            with poisoned():
+                out = op.call(*arguments)
+            exact = op.reference(*wide)
+            for one, expected in zip((*tensors(out), *arguments), (*tensors(exact), *wide), strict=True):
+                if isinstance(one, Tensor):
+                    bound = FP8_BOUND if one.dtype.itemsize == 1 else BOUND[run.dtype]
+                    require(f"kernel {op.name}", relative_error(one, expected), bound)
+        run.put(f"kernel.{op.name}", run.seconds(partial(op.call, *arguments)), "s", "stage")
         checked += 1
     return checked
 
 
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    """The results of an op, which returns a tensor, a tuple of them or, if it writes to its arguments, None."""
+    if result is None:
+        return ()
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _widened(argument: Any) -> Any:
+    """A copy of a tensor, in float32 if it is of floats; fp8 stays, since its scale is an argument of its own."""
+    if not isinstance(argument, Tensor):
+        return argument
+    wide = argument.is_floating_point() and argument.dtype.itemsize > 1
+    return argument.to(torch.float32 if wide else argument.dtype, copy=True)
+
+
 @contextmanager
-def _poisoned() -> "Iterator[None]":
+def poisoned() -> "Iterator[None]":
     """Fresh memory is NaN (torch fills it in its deterministic mode): what a kernel leaves unwritten shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -24,8 +24,13 @@ from step1x.bench.counting import Launches, Memory, flop_counter
 from step1x.bench.pretend import Pretend
 from step1x.bench.record import Metric, Record, counts, place
 from step1x.engine import Engine, released
+from step1x.engine.algebra import OFF, ON, Algebra
+from step1x.engine.denoise import Runner, branches, folded, velocities
 from step1x.engine.dit import DiT, Text
+from step1x.engine.executor import Execution
+from step1x.engine.fused import Fused
 from step1x.engine.image import Canvas, image_ids
+from step1x.engine.weights import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +43,7 @@ STEPS = 4
 SIZE = 128  # level of the bundled checkpoint's edit
 GUIDANCE = 2.0
 GRID = (18, 18)  # merged cells that the vision tower sees of a square picture at the released limits (model.md §1.5)
+VALID_ROWS = (349, 331)  # conditional and unconditional text: 324 of the picture, an instruction, the chat's end
 TEXT_TOKENS = 560  # of the language model: template, picture and a short instruction (model.md §3.13)
 # Twenty canvases in the order in which an edit service might meet them, at two batch sizes.
 SWEEP = tuple(Canvas(16 * (4 + i % 5), 16 * (4 + i // 5)) for i in range(20))
@@ -90,18 +96,20 @@ class _Stages:
 
 
 def edit() -> Metrics:
-    """One guided edit with the bundled checkpoint, as if it lay on an accelerator."""
-    engine = Engine.load(device="cpu", dtype=torch.float32)
+    """One guided edit with the bundled checkpoint, as if it lay on an accelerator that runs all of our kernels."""
+    loaded = load(None, device="cpu", dtype=torch.float32)
     networks = {
-        "vlm": engine.conditioner.model.language_model,
-        "vision": engine.conditioner.model.visual,
-        "dit": engine.dit.img_in,
-        "vae_encoder": engine.vae.encoder,
-        "vae_decoder": engine.vae.decoder,
+        "vlm": loaded.conditioner.model.language_model,
+        "vision": loaded.conditioner.model.visual,
+        "dit": loaded.dit.final_layer.linear,
+        "vae_encoder": loaded.vae.encoder,
+        "vae_decoder": loaded.vae.decoder,
     }
     pretend, flops, launches = Pretend(), flop_counter(), Launches()
-    for network in (engine.dit, engine.vae, engine.conditioner.model):
+    for network in (loaded.dit, loaded.vae, loaded.conditioner.model):
         pretend.adopt(network)
+    with pretend:
+        engine = Engine(loaded, Execution(kernels="on"))
     flops_of, launches_of = _Stages(flops.get_total_flops), _Stages(lambda: launches.total)
 
     def on_stage(name: str) -> None:
@@ -155,7 +163,7 @@ def graphs() -> Metrics:
     torch._dynamo.reset()
     counters.clear()
     with _one_thread(), torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000):
-        compiled = torch.compile(dit.denoise, backend=backend)
+        compiled = torch.compile(Fused(dit).velocity, backend=backend)
         for batch in BATCHES:
             rows, width = engine.variant.text_tokens, dit.config.connector.in_channels
             text = Text(torch.zeros(batch, rows, width), torch.ones(batch, rows, dtype=torch.long))
@@ -164,7 +172,7 @@ def graphs() -> Metrics:
             for canvas in SWEEP:
                 ids = image_ids(canvas.grid, engine.variant.reference_ids)
                 rope = dit.rope(torch.zeros(1, rows, 3), ids)
-                compiled(torch.zeros(batch, ids.shape[1], dit.config.in_channels), step, rope)
+                compiled(torch.zeros(batch, ids.shape[1], dit.config.hidden_size), step, rope, canvas.tokens)
     breaks = sum(counters["graph_break"].values())
     torch._dynamo.reset()
     return counts({"graphs.breaks": breaks, "graphs.compilations": made})
@@ -194,7 +202,10 @@ class _Stretch:
 
 
 def full_size(canvases: Sequence[Canvas] = full.CANVASES) -> Metrics:
-    """The released v1.1 in bf16 with fake tensors: both guidance branches of a step, VAE, bytes of the weights."""
+    """The released v1.1 in bf16 with fake tensors: both guidance branches of a step, VAE, bytes of the weights.
+
+    "plain_step" is the step without exact algebra and fused operations.
+    """
     from torch._subclasses import FakeTensorMode
 
     dit, vae, dtype = full.hollow_dit(), full.hollow_vae(), torch.bfloat16
@@ -205,21 +216,33 @@ def full_size(canvases: Sequence[Canvas] = full.CANVASES) -> Metrics:
         found |= counts({f"full.{name}.weight_bytes": n for name, n in _weights(dit, vae).items()}, "B")
         for canvas in canvases:
             size = f"full.{canvas.width}x{canvas.height}"
-            given = full.inputs(canvas, 2, dtype)
-            request = dit.prepare(given.text)
-            rope = dit.rope(given.text_ids, image_ids(canvas.grid, full.VARIANT.reference_ids))
-
             pixels = torch.zeros(1, 3, canvas.height, canvas.width, dtype=dtype)
             latents = torch.zeros(1, released.VAE.z_channels, *canvas.latent_size, dtype=dtype)
-            with _Stretch() as step:
-                dit.denoise(given.tokens, dit.condition(request, given.timestep), rope)
+            step, plain = one_step(dit, canvas, ON), one_step(dit, canvas, OFF)
             with _Stretch() as encoding:
                 vae.encode(pixels)
             with _Stretch() as decoding:
                 vae.decode(latents)
-            for stage, stretch in {"denoise_step": step, "encode_image": encoding, "decode": decoding}.items():
+            stretches = {"denoise_step": step, "plain_step": plain, "encode_image": encoding, "decode": decoding}
+            for stage, stretch in stretches.items():
                 found |= stretch.metrics(f"{size}.{stage}")
     return found
+
+
+def one_step(dit: DiT, canvas: Canvas, algebra: Algebra) -> _Stretch:
+    """A step of both guidance branches in one batch, all that is made before the loop left out."""
+    groups = [[full.instruction(valid, dit.dtype)] for valid in VALID_ROWS]
+    runner = Runner(Fused(dit).velocity) if algebra.fuse else None
+    ids = image_ids(canvas.grid, full.VARIANT.reference_ids)
+    forwards, time = branches(dit, groups, ids, True, algebra, runner), torch.ones(1)
+    if algebra.fold:
+        forwards = folded(dit, forwards, [time])
+    shown = torch.zeros(1, canvas.tokens, dit.config.hidden_size, dtype=dit.dtype)
+    latents = torch.zeros(1, canvas.tokens, dit.config.in_channels, dtype=dit.dtype)
+    with _Stretch() as stretch:
+        img = torch.cat((dit.img_in(latents), shown), dim=1)
+        velocities(dit, forwards, img, 0, time, canvas.tokens if algebra.prune else None)
+    return stretch
 
 
 def _weights(dit: nn.Module, vae: nn.Module) -> dict[str, int]:

@@ -16,20 +16,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
+import step1x.kernels.attention  # noqa: F401  # registers the op that the counter knows
+
 aten = torch.ops.aten
 # Operators that reserve memory and run nothing.
 IDLE = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.lift_fresh}
 
 
-def _sdpa_on_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _sdpa(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts FLOPs (2 per multiply-add) of matrix products, convolutions and attention; the CPU's attention too."""
-    return FlopCounterMode(
-        display=False, custom_mapping={aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_on_cpu}
-    )
+    """Counts FLOPs (2 per multiply-add) of matrix products, convolutions and attention; the CPU's and ours too."""
+    attention = (aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.step1x.attention)
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(attention, _sdpa))
 
 
 class Launches(TorchDispatchMode):

@@ -15,7 +15,7 @@ from step1x.engine.dit import DiT, DiTConfig, Text
 from step1x.engine.folder import locate
 from step1x.engine.image import Canvas
 from step1x.engine.qwen import compute_frequencies, load_image_processor, load_tokenizer, read_config
-from step1x.engine.text import Conditioner
+from step1x.engine.text import Conditioner, Conditioning
 from step1x.engine.vae import VAE
 from step1x.engine.variants import VARIANTS
 from step1x.engine.weights import Components
@@ -84,6 +84,14 @@ def engine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Engine:
     pictures = load_image_processor(processor, read_config(text / "config.json"))
     conditioner = Conditioner(qwen.eval(), load_tokenizer(processor), pictures, VARIANT)
     return Engine(Components(variant=VARIANT, dit=dit, vae=vae, conditioner=conditioner, name="random-v1.1", digest=""))
+
+
+def instruction(valid: int, dtype: torch.dtype) -> Conditioning:
+    """An encoded instruction of so many valid rows, padded as the released presets pad it."""
+    rows = VARIANT.text_tokens
+    tokens = torch.zeros(1, rows, released.dit_config(VERSION).connector.in_channels, dtype=dtype)
+    mask = (torch.arange(rows) < valid).long()[None]
+    return Conditioning(Text(tokens, mask), torch.zeros(1, rows, 3), valid)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,19 +116,24 @@ def operations() -> dict[str, Callable[[], object]]:
 
 
 def kernels() -> dict[str, Callable[[], object]]:
-    """The CPU path of each op in the tree's kernels/, on its own examples (battery_kernels.check_kernels)."""
+    """The CPU path of each op in the tree's kernels/, on the last of its own examples."""
     import torch
 
     found: dict[str, Callable[[], object]] = {}
-    for name in kernel_names(Path(importlib.import_module("step1x.engine.dit").__file__ or "").parents[1]):
-        module = importlib.import_module(f"step1x.kernels.{name}")
-        arguments = list(module.examples(torch.device("cpu"), torch.float32))[-1]
-        found[f"kernel_{name}"] = partial(getattr(module, name), *arguments)
+    for op in _ops(Path(importlib.import_module("step1x.engine.dit").__file__ or "").parents[1]):
+        *_, arguments = op.examples(torch.device("cpu"), torch.float32)
+        found[f"kernel_{op.name}"] = partial(op.call, *arguments)
     return found
 
 
 def kernel_names(root: Path) -> list[str]:
-    return sorted(path.stem for path in (root / "kernels").glob("*.py"))
+    return [op.name for op in _ops(root)]
+
+
+def _ops(root: Path) -> Iterator[Any]:
+    """What the modules of kernels/ list as their operations; older trees list none."""
+    for path in sorted((root / "kernels").glob("*.py")):
+        yield from getattr(importlib.import_module(f"step1x.kernels.{path.stem}"), "OPS", ())
 
 
 def _fastest(run: Callable[[], object]) -> float:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from step1x.bench.commands import bench
 from step1x.engine.errors import InputError
-from step1x.engine.options import EXIT_CODES, DeviceName, Finite, debug_option
+from step1x.engine.options import EXIT_CODES, DeviceName, Finite, Switch, debug_option
 from step1x.engine.variants import DEFAULTS, VARIANTS
 
 if TYPE_CHECKING:
@@ -31,6 +31,12 @@ LARGEST_SEED = 2**63 - 1  # what a torch generator takes
 PRESETS = [*VARIANTS, *DEFAULTS]
 OUTPUT_HELP = "Result: .png, .jpg, .jpeg or .webp; - is standard output (PNG).  [default: IMG-edited.png]"
 VARIANT_HELP = f"Parity preset: {', '.join(PRESETS)}.  [default: the model's]"
+BRANCHES_HELP = "Both forwards of guidance at once, or one by one.  [default: the model's]"
+ALGEBRA_HELP = "Rewrites that change rounding only.  [default: on]"
+KERNELS_HELP = "Our own on a GPU: those measured to be faster, all, none.  [default: the profile's]"
+ATTENTION = ["auto", "sdpa", "merged", "triton", "flash3", "sage"]
+ATTENTION_HELP = f"Who computes attention: {', '.join(ATTENTION)}.  [default: the profile's]"
+COMPILE_HELP = "Compile: a slow first edit of each size, then faster ones.  [default: the profile's]"
 STRENGTH_HELP = "Noise added to the source, above 0; 1 is all of it.  [default: start from noise]"
 
 
@@ -128,6 +134,11 @@ class Job:
     negative_prompt: str
     strength: float | None
     fix_quotes: bool
+    branches: str | None
+    exact_algebra: bool
+    kernels: Literal["auto", "on", "off"] | None
+    attention: str | None
+    compiled: bool | None
     device: str | None
     force: bool
     no_metadata: bool
@@ -168,6 +179,11 @@ class Job:
 @click.option("--negative-prompt", metavar="TEXT", default="", help="What to steer away from.")
 @click.option("--strength", type=Finite(0, 1, min_open=True), metavar="X", help=STRENGTH_HELP)
 @click.option("--fix-quotes", is_flag=True, help="Keep a lone apostrophe or quote from garbling the instruction.")
+@click.option("--branches", type=click.Choice(["batched", "sequential"]), help=BRANCHES_HELP)
+@click.option("--exact-algebra", type=Switch(), default="on", metavar="on|off", help=ALGEBRA_HELP)
+@click.option("--kernels", type=click.Choice(["auto", "on", "off"]), help=KERNELS_HELP)
+@click.option("--attention", type=click.Choice(ATTENTION), metavar="NAME", help=ATTENTION_HELP)
+@click.option("--compile/--no-compile", "compiled", default=None, help=COMPILE_HELP)
 @click.option("--device", type=DeviceName(), metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @click.option("--no-metadata", is_flag=True, help="Leave instruction, seed and settings out of the PNG.")
@@ -222,7 +238,14 @@ def _run(job: Job, picture: "Picture") -> "Edit":
         from step1x.engine.pipeline import Engine
 
         engine = Engine.load(
-            job.model, profile=job.profile, device=job.device, variant=job.variant, fix_quotes=job.fix_quotes
+            job.model,
+            profile=job.profile,
+            device=job.device,
+            variant=job.variant,
+            fix_quotes=job.fix_quotes,
+            kernels=job.kernels,
+            attention=job.attention,
+            compiled=job.compiled,
         )
         result = engine.edit(
             picture,
@@ -233,6 +256,8 @@ def _run(job: Job, picture: "Picture") -> "Edit":
             size=job.size,
             seed=job.seed,
             strength=job.strength,
+            branches=job.branches,
+            exact_algebra=job.exact_algebra,
             on_step=progress.step,
             on_stage=progress.stage,
         )

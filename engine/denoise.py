@@ -1,28 +1,49 @@
 """The sampling loop (model.md §5.4): Euler steps along the guided velocity, in the dtype flow of each variant.
 
-Everything constant over the steps is made before the loop (`Branch`); a step computes its conditioning
-(`DiT.condition`) and the velocity (`DiT.denoise`). All state is local to the call.
+Everything constant over the steps is made before the loop (`Branch`), and what depends on the step but not on the
+latents too, unless it is left to each step (algebra.py). All state is local to the call.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from step1x.engine.dit import DiT, Request, Rope, Text
+from step1x.engine.algebra import ON, Algebra, collapse, fold, masked
+from step1x.engine.dit import DiT, Request, Rope, Step, Text
 from step1x.engine.schedule import guided
 from step1x.engine.text import Conditioning
 from step1x.engine.timing import OnStep
-from step1x.engine.variants import Variant
+from step1x.engine.variants import DtypeFlow, Variant
+
+Velocity = Callable[[Tensor, Step, Rope, int | None], Tensor]  # as `DiT.velocity`
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """What runs a step: the velocity, and guidance with the Euler step (kernels/cfg_step.py; None: in plain torch).
+
+    multiple: text rows come in multiples of this.
+    """
+
+    velocity: Velocity
+    cfg_step: Callable[..., Tensor] | None = None
+    multiple: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One forward of a step: the prepared text rows of all its batch rows, and their rotary tables."""
+    """One forward of a step: the prepared text rows of all its batch rows, their rotary tables, and what runs it.
+
+    steps: what `DiT.condition` would give at each step, if it was
+    folded.
+    """
 
     request: Request
     rope: Rope
+    runner: Runner
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,42 +59,63 @@ def joined(conditionings: Sequence[Conditioning]) -> tuple[Text, Tensor]:
     texts = [one.text for one in conditionings]
     embeds = [text.embeds for text in texts if text.embeds is not None]
     quoted = [text.quoted for text in texts if text.quoted is not None]
+    bias = [text.bias for text in texts if text.bias is not None]
     text = Text(
         tokens=torch.cat([text.tokens for text in texts]),
         mask=torch.cat([text.mask for text in texts]),
         embeds=torch.cat(embeds) if embeds else None,
         quoted=torch.cat(quoted) if quoted else None,
+        bias=torch.cat(bias) if bias else None,
+        biased=None if any(text.biased is None for text in texts) else max(text.biased or 0 for text in texts),
     )
     return text, torch.cat([one.ids for one in conditionings])
 
 
-def branches(dit: DiT, groups: Sequence[Sequence[Conditioning]], image_ids: Tensor, batched: bool) -> list[Branch]:
+def branches(
+    dit: DiT,
+    groups: Sequence[Sequence[Conditioning]],
+    image_ids: Tensor,
+    batched: bool,
+    algebra: Algebra = ON,
+    runner: Runner | None = None,
+) -> list[Branch]:
     """The forwards of a step: one for all groups (conditional, then unconditional) if `batched`, else one each.
 
-    image_ids: (1, tokens, 3).
+    image_ids: (1, tokens, 3). runner: by default `dit.velocity` and plain torch.
     """
+    runner = runner or Runner(dit.velocity)
     if batched:
         groups = [[one for group in groups for one in group]]
     made = []
     for group in groups:
-        text, text_ids = joined(group)
+        fitting = collapse(group, runner.multiple) if algebra.collapse else group
+        text, text_ids = joined(masked(fitting, runner.multiple))
         ids = image_ids.to(dit.device).expand(len(group), -1, -1)
-        made.append(Branch(dit.prepare(text), dit.rope(text_ids.to(dit.device), ids)))
+        rope = dit.rope(text_ids.to(dit.device), ids)
+        made.append(Branch(dit.prepare(text), rope, runner))
     return made
 
 
-def velocities(dit: DiT, forwards: Sequence[Branch], tokens: Tensor, timestep: Tensor, target: int) -> Tensor:
-    """Velocity (rows, target, channels) of all branches below each other, conditional rows first.
+def folded(dit: DiT, forwards: Sequence[Branch], times: Sequence[Tensor]) -> list[Branch]:
+    """The branches with all that depends on the step computed for `times`, (1,) each."""
+    steps = fold(dit, [branch.request for branch in forwards], times)
+    return [replace(branch, steps=tuple(own)) for branch, own in zip(forwards, steps, strict=True)]
 
-    tokens: (batch, N, channels), the same for every branch.
+
+def velocities(
+    dit: DiT, forwards: Sequence[Branch], img: Tensor, index: int, timestep: Tensor, kept: int | None = None
+) -> Tensor:
+    """Velocity (rows, kept or N, channels) of all branches below each other, conditional rows first.
+
+    img: (batch, N, width) of `img_in`, the same for every branch; index, timestep: of the step.
     """
     made = []
     for branch in forwards:
-        rows = branch.request.text.pooled.shape[0]
-        step = dit.condition(branch.request, timestep.expand(rows))
-        repeated = tokens.repeat(rows // tokens.shape[0], 1, 1)
-        made.append(dit.denoise(repeated, step, branch.rope)[:, :target])
-    return torch.cat(made)
+        rows = branch.request.rows
+        repeated = img.expand(rows, -1, -1) if len(img) == 1 else img.repeat(rows // len(img), 1, 1)
+        step = branch.steps[index] if branch.steps else dit.condition(branch.request, timestep.expand(rows))
+        made.append(branch.runner.velocity(repeated, step, branch.rope, kept))
+    return torch.cat(made) if len(made) > 1 else made[0]
 
 
 def denoise(
@@ -84,6 +126,7 @@ def denoise(
     guidance: Guidance | None,
     variant: Variant,
     on_step: OnStep | None = None,
+    algebra: Algebra = ON,
 ) -> Tensor:
     """Latent tokens (batch, Nt, 64) at the end of `schedule`.
 
@@ -91,20 +134,35 @@ def denoise(
     schedule: (steps + 1,) from noise to 0; guidance None: the branches hold conditional rows only.
     """
     latents, reference = state
-    model_dtype, target = dit.dtype, latents.shape[1]
-    latents = latents.to(model_dtype)
+    target = latents.shape[1]
+    latents = latents.to(dit.dtype)
+    shown = None if reference is None else dit.img_in(reference.to(dit.dtype))  # the same at every step
+    times = _times(schedule, latents, variant)
+    if algebra.fold:
+        forwards = folded(dit, forwards, times)
     for index in range(len(schedule) - 1):
         now, following = float(schedule[index]), float(schedule[index + 1])
-        tokens = latents if reference is None else torch.cat((latents, reference.to(latents.dtype)), dim=1)
-        prediction = velocities(dit, forwards, tokens, _time(now, latents, variant), target)
-        if guidance is not None:
-            cond, uncond = prediction.chunk(2)
+        img = dit.img_in(latents.to(dit.dtype))
+        if shown is not None:
+            img = torch.cat((img, shown), dim=1)
+        kept = target if algebra.prune else None
+        prediction = velocities(dit, forwards, img, index, times[index], kept)[:, :target]
+        if guidance is None:
+            latents = _euler(latents, prediction, following - now, variant.dtype_flow)
+        else:
             rescaled = now > guidance.rescale_above
-            prediction = guided(cond, uncond, guidance.scale, rescaled, variant.dtype_flow == "autocast-fp32")
-        latents = _euler(latents, prediction, (now, following), variant)
+            cfg_step = forwards[0].runner.cfg_step or _cfg_step
+            latents = cfg_step(latents, prediction, guidance.scale, following - now, rescaled, variant.dtype_flow)
         if on_step is not None:
             on_step(index + 1, len(schedule) - 1)
     return latents
+
+
+def _times(schedule: Tensor, latents: Tensor, variant: Variant) -> list[Tensor]:
+    """`_time` of every step: the state of autocast-fp32 is wide from the second step on."""
+    wide = variant.dtype_flow == "autocast-fp32"
+    later = latents.to(torch.promote_types(latents.dtype, torch.float32)) if wide else latents
+    return [_time(float(now), later if index else latents, variant) for index, now in enumerate(schedule[:-1])]
 
 
 def _time(now: float, latents: Tensor, variant: Variant) -> Tensor:
@@ -114,12 +172,22 @@ def _time(now: float, latents: Tensor, variant: Variant) -> Tensor:
     return torch.tensor([now], device=latents.device).to(latents.dtype)
 
 
-def _euler(latents: Tensor, prediction: Tensor, times: tuple[float, float], variant: Variant) -> Tensor:
-    """One Euler step from t to the next; `latents` keep, gain or return to a dtype as the variant's do (§5.4)."""
-    length = times[1] - times[0]  # of Python floats, as in the official loop: only the model sees t rounded
-    if variant.dtype_flow == "autocast-state":
+def _cfg_step(
+    latents: Tensor, prediction: Tensor, scale: float, length: float, rescaled: bool, flow: DtypeFlow
+) -> Tensor:
+    """Guidance and the Euler step in plain torch, as kernels/cfg_step.py does them in one pass."""
+    cond, uncond = prediction.chunk(2)
+    return _euler(latents, guided(cond, uncond, scale, rescaled, flow == "autocast-fp32"), length, flow)
+
+
+def _euler(latents: Tensor, prediction: Tensor, length: float, flow: DtypeFlow) -> Tensor:
+    """One Euler step; `latents` keep, gain or return to a dtype as the variant's do (§5.4).
+
+    length: of Python floats, as in the official loop: only the model sees t rounded.
+    """
+    if flow == "autocast-state":
         return latents + length * prediction
     wide = torch.promote_types(latents.dtype, torch.float32)
     stepped = latents.to(wide) + length * prediction.to(wide)
     # diffusers' scheduler steps in float32 and returns the prediction's dtype; the official v1.1 loop stays wide.
-    return stepped.to(prediction.dtype) if variant.dtype_flow == "pure" else stepped
+    return stepped.to(prediction.dtype) if flow == "pure" else stepped

@@ -85,6 +85,12 @@ class Embedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
+def project(vec: Tensor, linear: nn.Linear) -> Tensor:
+    """(batch, 1, out) of SiLU(vec). The weights may lie in host memory: they are copied for the call."""
+    weight, bias = (part.to(vec.device, non_blocking=True) for part in (linear.weight, linear.bias))
+    return F.linear(F.silu(vec), weight, bias)[:, None]
+
+
 class Modulation(nn.Module):
     """vec -> `chunks` vectors (batch, 1, chunks * width) that shift, scale and gate a block."""
 
@@ -93,7 +99,7 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden_size, chunks * hidden_size)
 
     def forward(self, vec: Tensor) -> Tensor:
-        return self.lin(F.silu(vec))[:, None]
+        return project(vec, self.lin)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, fp32: bool) -> Tensor:
@@ -127,10 +133,17 @@ class QKNorm(nn.Module):
         return self.query_norm(q), self.key_norm(k), v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-    """Non-causal attention with rotary positions; returns (batch, tokens, width)."""
-    out = F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v)
-    return out.transpose(1, 2).flatten(2)
+def attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope, bias: Tensor | None = None) -> Tensor:
+    """Non-causal attention with rotary positions; returns (batch, tokens, width).
+
+    bias (batch, 1, 1, tokens) is added to the logits of each token as a key.
+    """
+    return attend(apply_rope(q, rope), apply_rope(k, rope), v, bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of (batch, heads, tokens, head_dim) as (batch, queries, width)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -175,12 +188,14 @@ class DoubleBlock(nn.Module):
         # The official code fuses only this second residual, with one rounding (§3.14).
         return torch.addcmul(x, mod[5], y) if self.fp32_norms else x + mod[5] * y
 
-    def forward(self, img: Tensor, txt: Tensor, mods: tuple[Tensor, Tensor], rope: Rope) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, mods: tuple[Tensor, Tensor], rope: Rope, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = mods[0].chunk(6, dim=-1), mods[1].chunk(6, dim=-1)
         img_qkv = self._qkv(img, self.img_attn, img_mod)
         txt_qkv = self._qkv(txt, self.txt_attn, txt_mod)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        attended = attention(q, k, v, rope)
+        attended = attention(q, k, v, rope, bias)
         txt_out, img_out = attended.split((txt.shape[1], img.shape[1]), dim=1)
         img = self._finish(img, img_out, (self.img_attn.proj, self.img_mlp), img_mod)
         txt = self._finish(txt, txt_out, (self.txt_attn.proj, self.txt_mlp), txt_mod)
@@ -201,12 +216,27 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(width, 3)
 
-    def forward(self, x: Tensor, mod: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, rope: Rope, bias: Tensor | None = None) -> Tensor:
         shift, scale, gate = mod.chunk(3, dim=-1)
         qkv, hidden = self.linear1(modulate(x, shift, scale, self.fp32_norms)).split(self.split, dim=-1)
         q, k, v = self.norm(qkv, self.heads)
-        attended = attention(q, k, v, rope)
+        attended = attention(q, k, v, rope, bias)
         return x + gate * self.linear2(torch.cat((attended, F.gelu(hidden, approximate="tanh")), dim=-1))
+
+    def last(self, x: Tensor, mod: Tensor, rope: Rope, kept: slice, bias: Tensor | None = None) -> Tensor:
+        """`forward`, of the rows `kept` only: all rows are keys and values, but only those are queries."""
+        shift, scale, gate = mod.chunk(3, dim=-1)
+        normed = modulate(x, shift, scale, self.fp32_norms)
+        width = x.shape[-1]
+        weights, biases = self.linear1.weight, self.linear1.bias
+        k, v = F.linear(normed, weights[width : 3 * width], biases[width : 3 * width]).chunk(2, dim=-1)
+        q = F.linear(normed[:, kept], weights[:width], biases[:width])
+        hidden = F.linear(normed[:, kept], weights[3 * width :], biases[3 * width :])
+        q, k, v = (rows.unflatten(-1, (self.heads, -1)).transpose(1, 2) for rows in (q, k, v))
+        q, k = self.norm.query_norm(q), self.norm.key_norm(k)
+        cos, sin = (table[..., kept, :] for table in rope)
+        attended = attend(apply_rope(q, (cos, sin)), apply_rope(k, rope), v, bias)
+        return x[:, kept] + gate * self.linear2(torch.cat((attended, F.gelu(hidden, approximate="tanh")), dim=-1))
 
 
 class FinalLayer(nn.Module):
@@ -217,7 +247,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
 
     def condition(self, vec: Tensor) -> Tensor:
-        return self.adaLN_modulation(vec)[:, None]
+        return project(vec, cast("nn.Linear", self.adaLN_modulation[1]))
 
     def forward(self, x: Tensor, mod: Tensor) -> Tensor:
         shift, scale = mod.chunk(2, dim=-1)
@@ -229,13 +259,17 @@ class Text:
     """Conditioning tokens of a batch, as the text model left them.
 
     tokens (batch, T, Q); mask (batch, T), non-zero where valid; for v1.2 also the input embeddings (batch, T, Q)
-    and the mask (batch, T) of quoted characters.
+    and the mask (batch, T) of quoted characters. bias (batch, T): added to the attention logits of each row as a key
+    (algebra.py); None: nothing is. biased: how many of the last rows may have one other than zero; None: some of them
+    are masked out by -inf.
     """
 
     tokens: Tensor
     mask: Tensor
     embeds: Tensor | None = None
     quoted: Tensor | None = None
+    bias: Tensor | None = None
+    biased: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,16 +278,48 @@ class Request:
 
     text: PreparedText
     mapped: Tensor | None  # (batch, T, context width), v1.2
+    bias: Tensor | None = None  # (batch, T): `Text.bias`
+    biased: int | None = 0  # `Text.biased`
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return self.text.pooled.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Modulations:
+    """Every vector that shifts, scales and gates."""
+
+    double: list[tuple[Tensor, Tensor]]  # (image, text) of each block, (batch, 1, 6 * width)
+    single: list[Tensor]  # (batch, 1, 3 * width)
+    final: Tensor  # (batch, 1, 2 * width)
+
+    def split(self, sizes: list[int]) -> "list[Modulations]":
+        """Those of stretches of the batch; views."""
+        double = [list(zip(image.split(sizes), text.split(sizes), strict=True)) for image, text in self.double]
+        single = [vectors.split(sizes) for vectors in self.single]
+        return [
+            Modulations([pairs[index] for pairs in double], [vectors[index] for vectors in single], final)
+            for index, final in enumerate(self.final.split(sizes))
+        ]
+
+
+def is_modulation(key: str) -> bool:
+    """Whether a parameter of the transformer is used for nothing but modulations: 3.23 of the released 12.4 billion."""
+    return not key.startswith("connector.") and any(
+        part in key for part in ("img_mod.", "txt_mod.", ".modulation.", ".adaLN_modulation.")
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step needs besides the latents: context rows and all modulation vectors at its timestep."""
+    """What one step needs besides the latents."""
 
-    text: Tensor  # (batch, T, width)
-    double: list[tuple[Tensor, Tensor]]  # (image, text) modulations of each block, (batch, 1, 6 * width)
-    single: list[Tensor]  # (batch, 1, 3 * width)
-    final: Tensor  # (batch, 1, 2 * width)
+    text: Tensor  # (batch, T, width): context rows
+    mods: Modulations
+    bias: Tensor | None = None  # (batch, T): `Text.bias`
+    biased: int | None = 0  # `Text.biased`
 
 
 class DiT(nn.Module):
@@ -296,36 +362,64 @@ class DiT(nn.Module):
                 raise ValueError("this model maps text embeddings (v1.2): embeds and quoted are needed")
             mapped = self.text_token_mapping(text.embeds.to(self.dtype))
             mapped = mapped * text.quoted[:, :, None].to(mapped.dtype)
-        return Request(self.connector.prepare(text.tokens.to(self.dtype), text.mask), mapped)
+        return Request(self.connector.prepare(text.tokens.to(self.dtype), text.mask), mapped, text.bias, text.biased)
 
-    def condition(self, request: Request, timestep: Tensor) -> Step:
-        """Everything that depends on the step but not on the latents. timestep: (batch,) in [0, 1]."""
+    def vector(self, request: Request, timestep: Tensor) -> Tensor:
+        """(batch, width), of which all modulations are made. timestep: (batch,) in [0, 1]."""
         vec = self.time_in(sinusoid(timestep * 1000, self.config.timestep_channels).to(self.dtype))
-        vec = vec + self.vector_in(request.text.pooled)
+        return vec + self.vector_in(request.text.pooled)
+
+    def modulate(self, vec: Tensor) -> Modulations:
+        """Every block's modulations, layer by layer."""
+        return Modulations(
+            [block.condition(vec) for block in cast("Iterable[DoubleBlock]", self.double_blocks)],
+            [block.modulation(vec) for block in cast("Iterable[SingleBlock]", self.single_blocks)],
+            self.final_layer.condition(vec),
+        )
+
+    def context(self, request: Request, timestep: Tensor) -> Tensor:
+        """Text rows (batch, T, width) of the first block. timestep: (batch,) in [0, 1]."""
         context = self.connector(request.text, timestep)
         if request.mapped is not None:
             context = context + request.mapped
-        return Step(
-            text=self.txt_in(context),
-            double=[block.condition(vec) for block in cast("Iterable[DoubleBlock]", self.double_blocks)],
-            single=[block.modulation(vec) for block in cast("Iterable[SingleBlock]", self.single_blocks)],
-            final=self.final_layer.condition(vec),
-        )
+        return self.txt_in(context)
 
-    def transform(self, img: Tensor, step: Step, rope: Rope) -> Tensor:
-        """Image rows (batch, N, width) through all blocks; `img` is the output of `img_in`."""
-        txt = step.text
-        for block, mods in zip(self.double_blocks, step.double, strict=True):
-            img, txt = block(img, txt, mods, rope)
+    def condition(self, request: Request, timestep: Tensor) -> Step:
+        """Everything that depends on the step but not on the latents. timestep: (batch,) in [0, 1]."""
+        mods = self.modulate(self.vector(request, timestep))
+        return Step(self.context(request, timestep), mods, request.bias, request.biased)
+
+    def transform(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
+        """Image rows (batch, N, width) through all blocks; `img` is the output of `img_in`.
+
+        kept: only the first so many rows come out, and the last block computes no others.
+        """
+        txt, bias = step.text, None
+        texts = txt.shape[1]
+        if step.bias is not None:
+            bias = F.pad(step.bias.to(img.dtype), (0, img.shape[1]))[:, None, None]
+        for block, mods in zip(self.double_blocks, step.mods.double, strict=True):
+            img, txt = block(img, txt, mods, rope, bias)
         rows = torch.cat((txt, img), dim=1)
-        for block, mod in zip(self.single_blocks, step.single, strict=True):
-            rows = block(rows, mod, rope)
-        return rows[:, txt.shape[1] :]
+        image = slice(texts, None if kept is None else texts + kept)
+        singles = list(zip(cast("Iterable[SingleBlock]", self.single_blocks), step.mods.single, strict=True))
+        for block, mod in singles if kept is None else singles[:-1]:
+            rows = block(rows, mod, rope, bias)
+        if kept is None or not singles:
+            return rows[:, image]
+        block, mod = singles[-1]
+        return block.last(rows, mod, rope, image, bias)
+
+    def velocity(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
+        """Velocity (batch, N, out_channels) at image rows (batch, N, width) that `img_in` made.
+
+        kept: of the first so many rows only.
+        """
+        return self.final_layer(self.transform(img, step, rope, kept), step.mods.final)
 
     def denoise(self, tokens: Tensor, step: Step, rope: Rope) -> Tensor:
         """Velocity (batch, N, out_channels) of image tokens (batch, N, in_channels), target then reference."""
-        img = self.transform(self.img_in(tokens.to(self.dtype)), step, rope)
-        return self.final_layer(img, step.final)
+        return self.velocity(self.img_in(tokens.to(self.dtype)), step, rope)
 
     def forward(self, tokens: Tensor, text: Text, timestep: Tensor, rope: Rope) -> Tensor:
         """One whole evaluation: prepare, condition, denoise."""

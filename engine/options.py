@@ -34,6 +34,19 @@ class DeviceName(click.ParamType):  # type: ignore[type-arg]  # generic since cl
         self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:N, mps", param, ctx)
 
 
+class Switch(click.ParamType):  # type: ignore[type-arg]
+    """on or off."""
+
+    name = "on|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        if isinstance(value, bool):
+            return value
+        if value not in ("on", "off"):
+            self.fail(f"{value!r} is neither on nor off", param, ctx)
+        return bool(value == "on")
+
+
 def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.find_root().obj.debug = True

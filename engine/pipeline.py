@@ -4,16 +4,18 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from step1x.engine import image as pictures
+from step1x.engine.algebra import OFF, ON, Algebra
 from step1x.engine.denoise import Guidance, branches, denoise
 from step1x.engine.errors import InputError
+from step1x.engine.executor import DEFAULT, Execution, prepared
 from step1x.engine.image import Canvas
 from step1x.engine.picture import Picture, Source, open_picture, save_picture
 from step1x.engine.pixels import attach_alpha
@@ -30,7 +32,17 @@ if TYPE_CHECKING:
 
 Posterior = Literal["sample", "mean"]
 MAX_SEED = 2**63 - 1
-LOADING = ("profile", "device", "dtype", "variant", "fix_quotes")  # keywords of Engine.load
+Chosen = TypeVar("Chosen")
+LOADING = (
+    "profile",
+    "device",
+    "dtype",
+    "variant",
+    "fix_quotes",
+    "kernels",
+    "attention",
+    "compiled",
+)  # keywords of Engine.load
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,8 @@ class Options:
     size: int | None = None  # level: the edit is computed at about size x size pixels in the source's aspect
     strength: float | None = None  # img2img: start from the noised source instead of pure noise
     posterior: Posterior = "sample"
+    branches: Literal["batched", "sequential"] | None = None  # the two forwards of guidance
+    exact_algebra: Algebra | bool = True  # rewrites that change rounding only
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -70,6 +84,16 @@ class Options:
             raise InputError(f"strength must be above 0 and at most 1, got {self.strength}")
         if self.posterior not in ("sample", "mean"):
             raise InputError(f"posterior must be 'sample' or 'mean', got {self.posterior!r}")
+        if self.branches not in (None, "batched", "sequential"):
+            raise InputError(f"branches must be 'batched' or 'sequential', got {self.branches!r}")
+        if not isinstance(self.exact_algebra, Algebra | bool):
+            raise InputError(f"exact_algebra must be True, False or an Algebra, got {self.exact_algebra!r}")
+
+    @property
+    def algebra(self) -> Algebra:
+        if isinstance(self.exact_algebra, bool):
+            return ON if self.exact_algebra else OFF
+        return self.exact_algebra
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +116,14 @@ class Noise:
 class Engine:
     """A loaded model. Calls share nothing but its weights, so threads may use one engine or several at a time."""
 
-    def __init__(self, components: Components) -> None:
+    def __init__(self, components: Components, execution: Execution = DEFAULT) -> None:
         self.variant = components.variant
         self.dit = components.dit
         self.vae = components.vae
         self.conditioner = components.conditioner
         self.name = components.name
         self.digest = components.digest
+        self._runner, self._cache = prepared(components, execution)
 
     @classmethod
     def load(
@@ -110,13 +135,15 @@ class Engine:
         dtype: torch.dtype | None = None,
         variant: str | None = None,
         fix_quotes: bool = False,
+        **execution: object,
     ) -> Self:
         """Load `model`: a folder in the official or the diffusers layout, a Hub id, or None for the bundled one.
 
         profile: device and dtypes by name or .toml file (default: bf16-80gb with CUDA, else cpu); `device` and
         `dtype` override it. variant: a parity preset such as "official-v1.1" (default: the weights' own).
         fix_quotes: keep an apostrophe or a lone quote from opening a quotation, which the released programs let
-        it do, to the instruction's harm (§1.4). Raises InputError for anything wrong with the arguments or the files.
+        it do, to the instruction's harm (§1.4). execution: the fields of `Execution`, kernels, attention and compiled
+        (default: the profile's). Raises InputError for anything wrong with the arguments or the files.
         """
         cuda = torch.cuda.is_available()
         try:
@@ -132,8 +159,11 @@ class Engine:
             vae_dtype=dtype or getattr(torch, settings.vae_dtype),
             variant=variant,
             fix_quotes=fix_quotes,
+            host_modulation=settings.host_modulation,
         )
-        return cls(components)
+        given = {name: value for name, value in execution.items() if value is not None}
+        own = {"kernels": settings.kernels, "attention": settings.attention, "compiled": settings.compiled}
+        return cls(components, chosen(Execution, {**own, **given}))
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +182,8 @@ class Engine:
         """Change a picture as the instruction says.
 
         source: a path, the bytes of a file, a binary stream or a PIL image. Keyword options are the fields of
-        `Options`: negative_prompt, steps, guidance, size, strength, posterior. seed None draws a fresh one.
+        `Options`: negative_prompt, steps, guidance, size, strength, posterior, branches, exact_algebra. seed None
+        draws a fresh one.
         on_step(step, steps) is called after each denoise step, on_stage(name) as each stage begins.
         The result has the source's size. Raises InputError for bad input.
         """
@@ -172,7 +203,7 @@ class Engine:
 
         Equal to single edits up to rounding. Variants without text padding (v1.2) run the pairs one by one.
         """
-        chosen = parsed(options)
+        wanted = chosen(Options, options)
         drawn = [checked_seed(seed) for seed in (seeds or [None] * len(sources))]
         if not sources or not len(sources) == len(instructions) == len(drawn):
             raise InputError(
@@ -187,11 +218,11 @@ class Engine:
         recorder = Recorder(self.device, on_stage)
         with recorder.stage("preprocess"):
             opened = [open_picture(source) for source in sources]
-            canvas = self._canvas(opened, chosen.size)
-        made = self._sample(opened, list(instructions), drawn, canvas, chosen, recorder, on_step)
+            canvas = self._canvas(opened, wanted.size)
+        made = self._sample(opened, list(instructions), drawn, canvas, wanted, recorder, on_step)
         with recorder.stage("postprocess"):
             images = [self._finished(pixels, source) for pixels, source in zip(made, opened, strict=True)]
-        facts = [self._metadata(words, seed, chosen) for words, seed in zip(instructions, drawn, strict=True)]
+        facts = [self._metadata(words, seed, wanted) for words, seed in zip(instructions, drawn, strict=True)]
         return [
             Edit(image, seed, recorder.seconds, recorder.steps, fact)
             for image, seed, fact in zip(images, drawn, facts, strict=True)
@@ -213,14 +244,14 @@ class Engine:
         """
         if self.variant.version == "v1.0":
             raise InputError("text to image needs a v1.1 or later model; this one is v1.0")
-        chosen = parsed({"negative_prompt": NEGATIVE_T2I, **options})
+        wanted = chosen(Options, {"negative_prompt": NEGATIVE_T2I, **options})
         drawn = checked_seed(seed)
         recorder = Recorder(self.device)
         canvas = Canvas(width, height)
-        made = self._sample(None, [prompt], [drawn], canvas, chosen, recorder, on_step)
+        made = self._sample(None, [prompt], [drawn], canvas, wanted, recorder, on_step)
         with recorder.stage("postprocess"):
             image = pictures.to_image(made[0], self.variant.truncate_output)
-        return Edit(image, drawn, recorder.seconds, recorder.steps, self._metadata(prompt, drawn, chosen))
+        return Edit(image, drawn, recorder.seconds, recorder.steps, self._metadata(prompt, drawn, wanted))
 
     def _canvas(self, opened: Sequence[Picture], size: int | None) -> Canvas:
         level = self.variant.size if size is None else size
@@ -248,7 +279,8 @@ class Engine:
         channels = self.vae.config.z_channels
         noise = [Noise.draw(seed, canvas, channels) for seed in seeds]
         with recorder.stage("encode_text"):
-            groups = self._conditionings(opened, instructions, options.negative_prompt if guided else None, canvas)
+            negative = options.negative_prompt if guided else None
+            groups = self._conditionings(opened, instructions, negative, canvas, options.algebra.share)
         with recorder.stage("encode_image"):
             latents = None if opened is None else self._encode(opened, canvas, noise, options.posterior)
         with recorder.stage("prepare"):
@@ -258,7 +290,9 @@ class Engine:
                 state = schedule[0].item() * state + (1 - schedule[0].item()) * latents
             reference = None if latents is None else pictures.pack(latents)
             ids = pictures.image_ids(canvas.grid, None if latents is None else self.variant.reference_ids)
-            forwards = branches(self.dit, groups, ids, self.variant.batched_guidance)
+            batched = self.variant.batched_guidance if options.branches is None else options.branches == "batched"
+            runner = self._runner if options.algebra.fuse else None
+            forwards = branches(self.dit, groups, ids, batched, options.algebra, runner)
             guidance = Guidance(scale, self.variant.rescale_above) if guided else None
         with recorder.stage("denoise"):
             recorder.step()
@@ -270,9 +304,13 @@ class Engine:
                 guidance,
                 self.variant,
                 recorder.listening(on_step),
+                options.algebra,
             )
         with recorder.stage("decode"):
-            return self.vae.decode(pictures.unpack(tokens, canvas.grid).float())
+            decoded = self.vae.decode(pictures.unpack(tokens, canvas.grid).float())
+        if self._cache is not None:
+            self._cache.save()
+        return decoded
 
     def _conditionings(
         self,
@@ -280,6 +318,7 @@ class Engine:
         instructions: list[str],
         negative: str | None,
         canvas: Canvas,
+        share: bool,
     ) -> "list[list[Conditioning]]":
         """Encoded instructions, and after them the negative prompts unless `negative` is None."""
         groups: list[list[Conditioning]] = [[] for _ in range(1 if negative is None else 2)]
@@ -288,7 +327,7 @@ class Engine:
             if opened is not None:
                 shown = pictures.resized(opened[index].rgb, canvas, self.variant.resize)
             prompts = [words] if negative is None else [words, negative]
-            for group, one in zip(groups, self.conditioner.encode(shown, prompts), strict=True):
+            for group, one in zip(groups, self.conditioner.encode(shown, prompts, share=share), strict=True):
                 group.append(one)
         return groups
 
@@ -326,13 +365,12 @@ class Engine:
         return facts if options.strength is None else {**facts, "strength": options.strength}
 
 
-def parsed(options: dict[str, object]) -> Options:
-    """Keyword options as `Options`. Raises InputError for a name that is none of its fields."""
-    unknown = sorted(set(options) - set(Options.__dataclass_fields__))
-    if unknown:
-        known = ", ".join(Options.__dataclass_fields__)
-        raise InputError(f"unknown option {', '.join(unknown)}; known: {known}")
-    return Options(**options)  # type: ignore[arg-type]
+def chosen(kind: type[Chosen], options: dict[str, object]) -> Chosen:
+    """Keyword options as a dataclass. Raises InputError for a name that is none of its fields."""
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - set(known)):
+        raise InputError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
+    return kind(**options)
 
 
 def checked_seed(seed: int | None) -> int:

@@ -1,9 +1,11 @@
 """Picture and instruction -> the tokens that condition the DiT: Qwen2.5-VL and its cut (model.md §1).
 
 `Conditioner.encode` is all the engine calls, so that a cache can stand in for it. The language model's
-head is never built; the vision tower runs once for all instructions about one picture.
+head is never built; the vision tower runs once for all instructions about one picture, and what a string shares with
+the one before it is not read again (prefix.py).
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from step1x.engine.dit import Text
 from step1x.engine.errors import InputError
+from step1x.engine.prefix import Layer, Reading, stops
 from step1x.engine.qwen import load_image_processor, load_model, load_tokenizer, read_config
 from step1x.engine.text_ids import Grid, rope_positions, signed_ids
 from step1x.engine.tokens import Tokens
@@ -30,10 +33,14 @@ T2I_SIZE = (1024, 1024)  # §1.8: for text to image the model is shown a black p
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """One encoded instruction: its text rows (batch 1, T of them) and their RoPE ids (1, T, 3), float32."""
+    """One encoded instruction: its text rows (batch 1, T of them) and their RoPE ids (1, T, 3), float32.
+
+    valid: rows that are no padding; the others follow them. None: not known.
+    """
 
     text: Text
     ids: Tensor
+    valid: int | None = None
 
 
 class Conditioner:
@@ -57,31 +64,42 @@ class Conditioner:
         self.tokens = Tokens(tokenizer, variant, fix_quotes=fix_quotes)
         self._image_processor = image_processor
         self._variant = variant
+        # Both are replaced whole and never changed, so threads may share them.
+        self._seen: _Seen | None = None
+        self._readings: tuple[Reading, ...] = ()
 
     def tokenise(self, instruction: str, image_tokens: int) -> list[int]:
         """Ids of the whole chat string, template included, before anything is cut."""
         return self.tokens.tokenise(instruction, image_tokens).ids
 
     @torch.no_grad()
-    def encode(self, image: "Image | None", prompts: Sequence[str]) -> list[Conditioning]:
+    def encode(self, image: "Image | None", prompts: Sequence[str], *, share: bool = True) -> list[Conditioning]:
         """One `Conditioning` per prompt, each encoded on its own (§1.6).
 
         image: the level-resized RGB picture; None shows the black one of text to image. Text rows are
-        (1, T, width of the model) in the model's dtype, T = text_tokens where the variant pads. Raises
-        InputError for an instruction or a picture the model cannot take.
+        (1, T, width of the model) in the model's dtype, T = text_tokens where the variant pads.
+        share: do not see the picture seen last again, nor read its template and picture (prefix.py).
+        Raises InputError for an instruction or a picture the model cannot take.
         """
         if image is None:
             image = black_picture()
-        features, grid = self._see(image)
-        return [self._read(prompt, features, grid) for prompt in prompts]
+        seen = self._see(image, share)
+        return [self._read(prompt, seen, share) for prompt in prompts]
 
-    def _see(self, image: "Image") -> tuple[Tensor, Grid]:
-        """The vision tower's output (rows * columns, width) for a picture (§1.5)."""
+    def _see(self, image: "Image", share: bool) -> "_Seen":
+        """The vision tower's output for a picture (§1.5)."""
+        digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode()).digest()
+        last = self._seen if share else None
+        if last is not None and last.digest == digest and last.features.device == self.model.device:
+            return last
         patches, grid = self.patches(image)
         merge = self.model.config.vision_config.spatial_merge_size
         shape = torch.tensor([[1, grid.rows * merge, grid.columns * merge]], device=self.model.device)
         features = self.model.visual(patches.to(self.model.device), grid_thw=shape).pooler_output
-        return features, grid
+        seen = _Seen(digest, features, grid)
+        if share:
+            self._seen = seen
+        return seen
 
     def patches(self, image: "Image") -> tuple[Tensor, Grid]:
         """A picture as rows (patches, 3 * 2 * patch * patch) float32 in the order of §1.5, and its grid.
@@ -102,17 +120,20 @@ class Conditioner:
         grid = Grid(height // factor, width // factor, factor, *image.size)
         return pixels, grid
 
-    def _read(self, prompt: str, features: Tensor, grid: Grid) -> Conditioning:
-        variant = self._variant
+    def _read(self, prompt: str, seen: "_Seen", share: bool) -> Conditioning:
+        variant, grid = self._variant, seen.grid
         tokens = self.tokens.tokenise(prompt, grid.rows * grid.columns)
         # Attention is causal: what lies behind the last kept row cannot reach it, so it is not computed.
         kept = slice(variant.template_tokens, variant.template_tokens + variant.text_tokens)
         ids = torch.tensor(tokens.ids[: kept.stop], device=self.model.device)
         is_picture = ids == self.tokens.image_pad
         embeds = self.model.language_model.embed_tokens(ids)
-        embeds[is_picture] = features[: int(is_picture.sum())].to(embeds.dtype)
+        embeds[is_picture] = seen.features[: int(is_picture.sum())].to(embeds.dtype)
         positions = rope_positions(ids, self.tokens.image_pad, grid)
-        hidden = self._language(ids, embeds, positions)
+        if share:
+            hidden = self._read_on(tokens.ids[: kept.stop], seen.digest, embeds, positions)
+        else:
+            hidden, _ = self._language(tokens.ids[: kept.stop], embeds, positions)
 
         rows = hidden[kept]
         placed = torch.zeros(len(rows), 3, device=rows.device)
@@ -122,17 +143,58 @@ class Conditioner:
         if variant.quote_rule == "pairs":
             quoted = torch.tensor([tokens.quoted[kept]], dtype=torch.long, device=rows.device)
             text = Text(tokens=text.tokens, mask=text.mask, embeds=embeds[None, kept], quoted=quoted)
-        conditioning = Conditioning(text=text, ids=placed[None])
+        conditioning = Conditioning(text=text, ids=placed[None], valid=len(rows))
         return padded(conditioning, variant.text_tokens) if variant.pad_text else conditioning
 
-    def _language(self, ids: Tensor, embeds: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states (T, width) after the final norm."""
+    def _read_on(self, ids: list[int], picture: bytes, embeds: Tensor, positions: Tensor) -> Tensor:
+        """`_language` piece by piece; the first pieces are kept for the next string (prefix.py)."""
+        pad = self.tokens.image_pad
+        read, known = Reading([], b"", embeds[:0], []), self._readings
+        made = []
+        for index, stop in enumerate(stops(ids, self._variant.template_tokens, pad, self._variant.image_first)):
+            start, some = len(read.ids), ids[:stop]
+            shown = picture if pad in some else b""
+            if index < len(known) and known[index].begins(some, shown, embeds):
+                read = known[index]
+            else:
+                new = slice(start, stop)
+                hidden, layers = self._language(some, embeds[new], positions[:, new], read.layers)
+                read = Reading(some, shown, torch.cat((read.hidden, hidden)), layers)
+            made.append(read)
+        self._readings = tuple(made[:-1])
+        return read.hidden
+
+    def _language(
+        self, ids: list[int], embeds: Tensor, positions: Tensor, past: Sequence[Layer] | None = None
+    ) -> tuple[Tensor, list[Layer]]:
+        """Hidden states (T, width) after the final norm, of the tokens behind `past`, and all keys and values.
+
+        ids: of all tokens; embeds (T, width), positions (3, T): of the new ones. past None: none are kept.
+        """
+        from transformers import DynamicCache
+
         # §1.4: v1.0 and v1.1 mask what has id 0 (`!`); v1.2 uses that mask for the positions only.
-        mask = (ids > 0).long()[None] if self._variant.quote_rule == "toggle" else None
+        mask = None
+        if self._variant.quote_rule == "toggle":
+            mask = torch.tensor([[int(token > 0) for token in ids]], device=embeds.device)
+        cache = None if past is None else DynamicCache(past or None)
         hidden = self.model.language_model(
-            inputs_embeds=embeds[None], attention_mask=mask, position_ids=positions[:, None], use_cache=False
+            inputs_embeds=embeds[None],
+            attention_mask=mask,
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
-        return hidden[0]
+        return hidden[0], [] if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A picture as the vision tower left it."""
+
+    digest: bytes
+    features: Tensor  # (rows * columns, width)
+    grid: Grid
 
 
 def load_conditioner(
@@ -183,4 +245,5 @@ def padded(conditioning: Conditioning, length: int) -> Conditioning:
             quoted=None if text.quoted is None else longer(text.quoted),
         ),
         ids=longer(conditioning.ids),
+        valid=conditioning.valid,
     )

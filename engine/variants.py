@@ -44,6 +44,7 @@ NEGATIVE_T2I = (
 
 
 Resize = Literal["bicubic", "lanczos", "bilinear-antialias"]
+DtypeFlow = Literal["autocast-state", "autocast-fp32", "pure"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +72,7 @@ class Variant:
     # sampler (§5.4)
     rescale_above: float  # norm-rescaled guidance where t in [0, 1] is above this; 1.0 never, 0.0 every step
     batched_guidance: bool  # conditional and unconditional rows in one forward
-    dtype_flow: Literal["autocast-state", "autocast-fp32", "pure"]  # §3.14, §5.4; see denoise.py
+    dtype_flow: DtypeFlow  # §3.14, §5.4; see denoise.py
     # defaults
     size: int
     steps: int

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from step1x.engine import layouts, sizes
 from step1x.engine.checkpoint import Checkpoint, digest, tensor_files
-from step1x.engine.dit import DiT
+from step1x.engine.dit import DiT, is_modulation
 from step1x.engine.errors import InputError
 from step1x.engine.folder import ModelFolder, locate
 from step1x.engine.layouts import Part, Target
@@ -46,12 +46,14 @@ def load(
     vae_dtype: torch.dtype | None = None,
     variant: str | None = None,
     fix_quotes: bool = False,
+    host_modulation: bool = False,
 ) -> Components:
     """Loads a model: a folder of either layout, a transformer file, a Hub id, or None for the bundled one.
 
     `variant` names a parity preset other than the folder's; `fix_quotes` repairs unbalanced apostrophes (text.py).
     The autoencoder is in `vae_dtype`; by default that is `dtype`, but float32 for an official preset in half
-    precision, as its own code keeps it (§4). Parameters do not require gradients.
+    precision, as its own code keeps it (§4). Parameters do not require gradients. host_modulation: the parameters of
+    modulations stay in host memory (algebra.py).
     Raises InputError with one line for anything that is wrong with the files.
     """
     from step1x.engine.text import load_conditioner
@@ -66,7 +68,7 @@ def load(
         vae_dtype = torch.float32 if official and dtype.itemsize < 4 else dtype
     return Components(
         variant=row,
-        dit=build_dit(folder, fp32_norms=official, device=device, dtype=dtype),
+        dit=build_dit(folder, fp32_norms=official, device=device, dtype=dtype, host_modulation=host_modulation),
         vae=build_vae(folder, device=device, dtype=vae_dtype),
         conditioner=load_conditioner(text, processor, row, device, dtype, fix_quotes=fix_quotes),
         name=folder.name,
@@ -86,12 +88,25 @@ def _check_fit(folder: ModelFolder, vae: Checkpoint, text: Checkpoint) -> None:
         raise InputError(f"{text.where}: text width {min(widths)}, {folder.dit.where} takes {wanted}")
 
 
-def build_dit(folder: ModelFolder, *, fp32_norms: bool, device: torch.device | str, dtype: torch.dtype) -> DiT:
+def build_dit(
+    folder: ModelFolder,
+    *,
+    fp32_norms: bool,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    host_modulation: bool = False,
+) -> DiT:
     """The transformer of a located model."""
     config = sizes.dit_config(folder.dit, folder.dit_configs)
     with torch.device("meta"):
         dit = DiT(config, fp32_norms)
-    build(dit, dit_targets(dit, folder.dit), folder.dit, device, dtype)
+    targets = dit_targets(dit, folder.dit)
+    check(targets, folder.dit)
+    for target in targets:
+        at_host = host_modulation and is_modulation(target.key)
+        value = assemble(target, folder.dit.tensor, torch.device("cpu" if at_host else device), dtype)
+        # Pinned memory can be copied to a GPU while the GPU works.
+        _put(dit, target.key, value.pin_memory() if at_host and torch.cuda.is_available() else value)
     return dit
 
 

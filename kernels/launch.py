@@ -18,6 +18,9 @@ except ImportError:  # it exists for Linux only; everything of ours has a refere
 log = logging.getLogger(__name__)
 
 OLDEST = 80  # compute capability times ten: bf16 products need it
+# Chip -> operations whose kernel was measured to beat the compiled reference by 1.2 times or more on it
+# (docs/kernels.md). Empty until a GPU has measured them.
+PAYS: dict[int, frozenset[str]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,13 @@ class Compilation:
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True  # products may be added without having been rounded
     aligned: frozenset[str] = field(default_factory=frozenset)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` with elements of its last axis side by side in memory, as the kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -83,6 +92,11 @@ def capability(device: torch.device) -> int:
 def nearest(chip: int) -> int:
     """The newest chip of CHIPS that is not newer than `chip`: whose launch settings it takes."""
     return max((known for known in CHIPS if known <= chip), default=OLDEST)
+
+
+def pays(name: str, device: torch.device) -> bool:
+    """Whether the kernel of an op is used by default on a device."""
+    return device.type == "cuda" and name in PAYS.get(nearest(capability(device)), ())
 
 
 @cache

@@ -22,6 +22,10 @@ class Profile(BaseModel):
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")  # auto: cuda if there is one
     dtype: Literal["float32", "bfloat16"]  # of the transformer, the connector and the text model
     vae_dtype: Literal["float32", "bfloat16"]
+    kernels: Literal["auto", "on", "off"] = "auto"  # our own on a GPU: those measured to be faster, all, none
+    attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
+    compiled: bool = False  # compile the blocks when they first run
+    host_modulation: bool = False  # keep the parameters of modulations in host memory, used once an edit
     device_memory_gb: int = Field(default=0, ge=0)  # of the GPU that it is meant for; 0: any
 
 

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import click
 import pytest
@@ -13,21 +13,19 @@ from torch import Tensor
 from step1x.bench import battery, battery_kernels
 from step1x.bench.battery import Run, done_already, merged, run_all, table
 from step1x.bench.battery_model import covered
-from step1x.bench.record import Metric, Record, place, revision
+from step1x.bench.record import ROOT, Metric, Record, place, revision
+from step1x.bench.worker import kernel_names
+from step1x.kernels.launch import Op
 
 CPU = torch.device("cpu")
 
 
-def op(name: str, run: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor]) -> ModuleType:
-    """A kernel module as kernels/ has them."""
-    module = ModuleType(f"step1x.kernels.{name}")
-
+def op(name: str, run: Callable[[Tensor], object], reference: Callable[[Tensor], object]) -> Op:
     def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor]]:
         for rows in (3, 17):
             yield (torch.randn(rows, 5, device=device, dtype=dtype),)
 
-    vars(module).update({name: run, f"{name}_reference": reference, "examples": examples})
-    return module
+    return Op(name=name, call=run, reference=reference, kernel=run, examples=examples)
 
 
 def unfinished(x: Tensor) -> Tensor:
@@ -48,10 +46,79 @@ def test_right_and_wrong_kernels() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_every_kernel_of_ours_can_be_checked() -> None:
-    for module in battery_kernels.our_kernels():
-        name = module.__name__.rpartition(".")[2]
-        assert {name, f"{name}_reference", "examples"} <= set(vars(module)), name
+def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(1, keepdim=True).float() / 448
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def test_every_result_of_a_kernel_is_checked() -> None:
+    run = Run(CPU, smoke=True)
+    assert battery_kernels.check_kernels(run, [op("quantise", to_e4m3, to_e4m3)]) == 1
+
+    def wrong_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, scale = to_e4m3(x)
+        return values, scale * 1.1
+
+    def wrong_values(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, scale = to_e4m3(x)
+        return (values.float() * 1.1).to(values.dtype), scale
+
+    for wrong in (wrong_scale, wrong_values):
+        with pytest.raises(RuntimeError, match="kernel quantise: relative error"):
+            battery_kernels.check_kernels(run, [op("quantise", wrong, to_e4m3)])
+
+
+def test_fp8_arguments_stay_as_they_are() -> None:
+    def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, int]]:
+        yield (*to_e4m3(torch.randn(3, 5, device=device, dtype=dtype)), 2)
+
+    def product(values: Tensor, scale: Tensor, factor: int) -> Tensor:
+        assert (values.dtype, scale.dtype, factor) == (torch.float8_e4m3fn, torch.float32, 2)
+        return values.float() * scale * factor
+
+    run = Run(CPU, smoke=True)
+    one = Op(name="dequantise", call=product, reference=product, kernel=product, examples=examples)
+    assert battery_kernels.check_kernels(run, [one]) == 1
+
+
+def test_what_a_kernel_writes_to_its_arguments_is_checked() -> None:
+    def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        yield torch.randn(3, 5, device=device, dtype=dtype), torch.zeros(4, 5, device=device, dtype=dtype)
+
+    def store(x: Tensor, rows: Tensor) -> None:
+        rows[: len(x)] = x
+
+    def store_elsewhere(x: Tensor, rows: Tensor) -> None:
+        rows[1:] = x
+
+    run = Run(CPU, smoke=True)
+    one = Op(name="store", call=store, reference=store, kernel=store, examples=examples)
+    assert battery_kernels.check_kernels(run, [one]) == 1
+    with pytest.raises(RuntimeError, match="kernel store: relative error"):
+        battery_kernels.check_kernels(run, [replace(one, call=store_elsewhere)])
+
+
+def test_relative_error() -> None:
+    one, none = torch.ones(2, 3), torch.zeros(2, 3)
+    assert battery_kernels.relative_error(1.5 * one, one) == pytest.approx(0.5)
+    assert battery_kernels.relative_error(none, none) == battery_kernels.relative_error(one[:0], one[:0]) == 0
+    hidden = torch.tensor([-torch.inf, 1.0, 1.0])  # a row that attends to nothing has this logarithm
+    assert battery_kernels.relative_error(hidden, hidden) == 0
+    assert battery_kernels.relative_error(torch.tensor([-torch.inf, 1.0, 1.5]), hidden) == pytest.approx(0.5 / 2**0.5)
+    for wrong, exact in (
+        (one, none),
+        (one[0], hidden),
+        (torch.nan * one, one),
+        (torch.nan * one, none),
+        (torch.inf * one, one),
+    ):
+        assert battery_kernels.relative_error(wrong, exact) == float("inf")
+
+
+def test_names_of_our_kernels_are_distinct() -> None:
+    names = [op.name for op in battery_kernels.our_kernels()]
+    assert len(set(names)) == len(names)
+    assert kernel_names(ROOT) == names
 
 
 def test_covered_is_the_union() -> None:

@@ -1,13 +1,20 @@
-"""Small models on disk, in both layouts, from the golden weights."""
+"""Small models on disk, in both layouts, from the golden weights; a small random transformer and a step of it."""
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from step1x.engine.dit import DiT, Rope, Step, Text
+from step1x.engine.image import image_ids
+from step1x.training.recipe import dit_config
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 OFFICIAL_FILES = {
@@ -53,5 +60,41 @@ def diffusers(tmp_path: Path) -> Callable[..., Path]:
             index["step1x_engine"] = settings  # type: ignore[assignment]
         (root / "model_index.json").write_text(json.dumps(index))
         return root
+
+    return make
+
+
+@pytest.fixture
+def small_dit() -> Callable[..., DiT]:
+    """Makes a random transformer of width 32."""
+
+    def make(depth: int = 2, single: int = 2, *, fp32_norms: bool = True, dtype: torch.dtype = torch.float64) -> DiT:
+        torch.manual_seed(0)
+        model = DiT(replace(dit_config(32, 2, 2, 24), depth=depth, depth_single=single), fp32_norms)
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.3)
+        return model.to(dtype).requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def step_arguments() -> Callable[..., tuple[Tensor, Step, Rope]]:
+    """Makes what `DiT.velocity` takes: 12 image rows, 5 text rows."""
+
+    def make(dit: DiT, batch: int = 2, *, bias: bool = True) -> tuple[Tensor, Step, Rope]:
+        generator, texts, grid = torch.Generator().manual_seed(1), 5, (2, 3)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dit.dtype)
+
+        text = Text(
+            random(batch, texts, dit.config.connector.in_channels),
+            torch.ones(batch, texts, dtype=torch.long),
+            bias=random(batch, texts) if bias else None,
+        )
+        step = dit.condition(dit.prepare(text), torch.full((batch,), 0.4, dtype=dit.dtype))
+        rope = dit.rope(torch.zeros(1, texts, 3), image_ids(grid, (1, 1, 1)))
+        return random(batch, 2 * grid[0] * grid[1], dit.config.hidden_size), step, rope
 
     return make

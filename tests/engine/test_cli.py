@@ -91,15 +91,21 @@ def test_an_edit(engine, folder):
     with Image.open("photo-edited.png") as image:
         assert image.getpixel((0, 0)) == (0, 255, 255)
         assert image.info == {"instruction": "invert it", "seed": "5"}
-    assert engine.loaded == [(None, {"profile": None, "device": None, "variant": None, "fix_quotes": False})]
+    loaded = {"profile": None, "device": None, "variant": None, "fix_quotes": False}
+    loaded |= {"kernels": None, "attention": None, "compiled": None}
+    assert engine.loaded == [(None, loaded)]
+    assert engine.asked[0][2]["exact_algebra"] is True
 
 
 def test_every_option_reaches_the_engine(engine, folder):
     words = "--model m --variant v1.1 --profile cpu --steps 3 --guidance 2.5 --size 128 --seed 9"
     words += " --negative-prompt fog --strength 0.5 --fix-quotes --device cuda:1 -q -o out.webp"
+    words += " --branches sequential --exact-algebra off --kernels on --attention merged --compile"
     result = run("edit", "photo.png", "make it blue", *words.split())
     assert (result.exit_code, result.stdout, result.stderr) == (0, "out.webp\n", "")
-    assert engine.loaded == [("m", {"profile": "cpu", "device": "cuda:1", "variant": "v1.1", "fix_quotes": True})]
+    loaded = {"profile": "cpu", "device": "cuda:1", "variant": "v1.1", "fix_quotes": True}
+    loaded |= {"kernels": "on", "attention": "merged", "compiled": True}
+    assert engine.loaded == [("m", loaded)]
     source, instruction, options = engine.asked[0]
     assert (source.name, source.rgb.size, instruction) == ("photo.png", (8, 6), "make it blue")
     del options["on_step"], options["on_stage"]
@@ -110,6 +116,8 @@ def test_every_option_reaches_the_engine(engine, folder):
         "seed": 9,
         "negative_prompt": "fog",
         "strength": 0.5,
+        "branches": "sequential",
+        "exact_algebra": False,
     }
     assert options == expected
 
@@ -166,7 +174,8 @@ def test_an_existing_result_is_kept_unless_forced(engine, folder):
 
 def test_names_of_results():
     rest = dict.fromkeys(("model", "variant", "profile", "steps", "guidance", "size", "seed", "strength", "device"))
-    flags = dict.fromkeys(("force", "fix_quotes", "no_metadata", "as_json", "quiet"), False)
+    flags = dict.fromkeys(("force", "fix_quotes", "no_metadata", "as_json", "quiet", "exact_algebra"), False)
+    rest |= {"branches": None, "kernels": None, "attention": None, "compiled": None}
 
     def target(img: str, output: str | None = None) -> str:
         words = {**rest, **flags, "img": img, "output": output}
@@ -237,6 +246,10 @@ def test_debug_shows_the_traceback(engine, folder):
         ("--device cuda:x", "is not one of"),
         ("--device cpu:1", "is not one of"),
         ("--variant v9", "'v9' is not one of"),
+        ("--exact-algebra no", "'no' is neither on nor off"),
+        ("--branches both", "'both' is not one of"),
+        ("--kernels some", "'some' is not one of"),
+        ("--attention none", "'none' is not one of"),
         ("--profile fp9", "unknown profile 'fp9'; known: bf16-80gb, cpu"),
         ("--frobnicate", "no such option '--frobnicate'"),
         ("more", "unexpected extra argument"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from step1x.engine.algebra import OFF
 from step1x.engine.connector import ConnectorConfig
 from step1x.engine.denoise import Branch, Guidance, branches, denoise, joined, velocities
 from step1x.engine.dit import DiT, DiTConfig, Request, Step, Text
@@ -49,15 +50,15 @@ class Watched(DiT):
     def __init__(self, config: DiTConfig, fp32_norms: bool) -> None:
         super().__init__(config, fp32_norms)
         self.times: list[Tensor] = []
-        self.tokens: list[Tensor] = []
+        self.img: list[Tensor] = []
 
     def condition(self, request: Request, timestep: Tensor) -> Step:
         self.times.append(timestep)
         return super().condition(request, timestep)
 
-    def denoise(self, tokens: Tensor, step: Step, rope: tuple[Tensor, Tensor]) -> Tensor:
-        self.tokens.append(tokens)
-        return super().denoise(tokens, step, rope)
+    def velocity(self, img: Tensor, step: Step, rope: tuple[Tensor, Tensor], kept: int | None = None) -> Tensor:
+        self.img.append(img)
+        return super().velocity(img, step, rope, kept)
 
 
 def transformer(row: Variant, dtype: torch.dtype = torch.float32) -> Watched:
@@ -93,14 +94,14 @@ def run(
     dit = transformer(row, dtype)
     made = forwards(dit, row, [instruction(21)], [instruction(22, valid=2)])
     schedule = timesteps(28, 4096)[: steps + 1] if schedule is None else schedule
-    return denoise(dit, made, state(), schedule, Guidance(scale, row.rescale_above), row), dit
+    return denoise(dit, made, state(), schedule, Guidance(scale, row.rescale_above), row, algebra=OFF), dit
 
 
 def test_batched_guidance_equals_one_forward_after_the_other() -> None:
     for row in ROWS:
         together, one = run(row.override({"batched_guidance": True}), steps=6)
         apart, other = run(row.override({"batched_guidance": False}), steps=6)
-        assert (len(one.tokens), len(other.tokens)) == (6, 12)
+        assert (len(one.img), len(other.img)) == (6, 12)
         assert (together - apart).abs().max() <= 1e-5 * apart.abs().max()
 
 
@@ -122,8 +123,8 @@ def test_without_guidance_there_is_one_forward_and_the_conditional_velocity(row:
     dit, schedule = transformer(row), timesteps(4, 1024)
     conditional = forwards(dit, row, [instruction(21)])
     got = denoise(dit, conditional, state(), schedule, None, row)
-    assert len(dit.tokens) == 4
-    assert {tokens.shape[0] for tokens in dit.tokens} == {1}
+    assert len(dit.img) == 4
+    assert {img.shape[0] for img in dit.img} == {1}
     pair = forwards(dit, row, [instruction(21)], [instruction(22)])
     of_one = denoise(dit, pair, state(), schedule, Guidance(1.0, 1.0), row)
     torch.testing.assert_close(got, of_one, atol=1e-5, rtol=1e-5)
@@ -151,11 +152,11 @@ def test_reference_tokens_stay_and_the_callers_tensors_too() -> None:
     made = forwards(dit, OFFICIAL_V10, [instruction(21)], [instruction(22)])
     denoise(dit, made, (latents, reference), timesteps(3, 1024), Guidance(6.0, 1.0), OFFICIAL_V10)
     assert torch.equal(latents, before)
-    for tokens in dit.tokens:
-        assert tokens.shape == (2, 2 * TARGET, 8)
-        assert torch.equal(tokens[0], tokens[1])
-        assert torch.equal(tokens[:1, TARGET:], reference)
-    assert not torch.equal(dit.tokens[0][:, :TARGET], dit.tokens[1][:, :TARGET])
+    for img in dit.img:
+        assert img.shape == (2, 2 * TARGET, CONFIG.hidden_size)
+        assert torch.equal(img[0], img[1])
+        assert torch.equal(img[:1, TARGET:], dit.img_in(reference))
+    assert not torch.equal(dit.img[0][:, :TARGET], dit.img[1][:, :TARGET])
 
 
 def test_text_to_image_has_no_reference() -> None:
@@ -163,7 +164,7 @@ def test_text_to_image_has_no_reference() -> None:
     made = branches(dit, [[instruction(21)], [instruction(22)]], image_ids(GRID, None), batched=True)
     end = denoise(dit, made, (state()[0], None), timesteps(3, 1024), Guidance(6.0, 0.93), row)
     assert end.shape == (1, TARGET, 8)
-    assert {tokens.shape[1] for tokens in dit.tokens} == {TARGET}
+    assert {img.shape[1] for img in dit.img} == {TARGET}
 
 
 def test_branches_of_different_lengths() -> None:
@@ -191,7 +192,7 @@ def test_velocities_are_those_of_the_target_conditional_first() -> None:
     dit, (latents, reference) = transformer(DIFFUSERS), state()
     tokens, t = torch.cat((latents, reference), dim=1), torch.tensor([0.5])
     pair = forwards(dit, DIFFUSERS, [instruction(21)], [instruction(22)])
-    got = velocities(dit, pair, tokens, t, TARGET)
+    got = velocities(dit, pair, dit.img_in(tokens), 0, t)[:, :TARGET]
     assert got.shape == (2, TARGET, 8)
     for index, branch in enumerate(pair):
         alone = dit.denoise(tokens, dit.condition(branch.request, t), branch.rope)[:, :TARGET]
@@ -211,7 +212,6 @@ def test_dtype_flows_of_a_half_precision_model(row: Variant, dtype: torch.dtype,
     for steps in (1, 2, 3):
         end, dit = run(row, torch.bfloat16, steps=steps)
         assert end.dtype == dtype
-    assert [tokens.dtype for tokens in dit.tokens[:: len(dit.tokens) // 3]] == [torch.bfloat16, dtype, dtype]
     seen = dit.times[:: len(dit.times) // 3]
     assert [t.dtype for t in seen] == [torch.bfloat16, dtype, dtype]
     assert [t[0].item() for t in seen] == pytest.approx(times, abs=1e-6)
@@ -220,7 +220,7 @@ def test_dtype_flows_of_a_half_precision_model(row: Variant, dtype: torch.dtype,
 def test_a_state_once_wide_stays_wide() -> None:
     """Of these four steps only the first is rescaled, and makes the state float32 (§5.4)."""
     end, dit = run(OFFICIAL_V11, torch.bfloat16, schedule=timesteps(4, 1024))
-    assert [tokens.dtype for tokens in dit.tokens] == [torch.bfloat16] + [torch.float32] * 3
+    assert [t.dtype for t in dit.times] == [torch.bfloat16] + [torch.float32] * 3
     assert end.dtype == torch.float32
 
 
@@ -228,7 +228,7 @@ def test_a_state_once_wide_stays_wide() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_full_precision_keeps_its_dtype(row: Variant, dtype: torch.dtype) -> None:
     end, dit = run(row, dtype)
-    assert {end.dtype} == {tokens.dtype for tokens in dit.tokens} == {t.dtype for t in dit.times} == {dtype}
+    assert {end.dtype} == {img.dtype for img in dit.img} == {t.dtype for t in dit.times} == {dtype}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -279,7 +279,7 @@ def test_on_step_is_called_after_each_step(row: Variant) -> None:
     pair = forwards(dit, row, [instruction(21)], [instruction(22)])
 
     def on_step(step: int, steps: int) -> None:
-        calls.append((step, steps, len(dit.tokens)))
+        calls.append((step, steps, len(dit.img)))
 
     denoise(dit, pair, state(), timesteps(3, 1024), Guidance(6.0, 1.0), row, on_step)
     each = len(pair)
@@ -296,7 +296,7 @@ def test_an_error_in_on_step_stops_the_loop() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         denoise(dit, pair, state(), timesteps(5, 1024), Guidance(6.0, 1.0), OFFICIAL_V10, on_step)
-    assert len(dit.tokens) == 2
+    assert len(dit.img) == 2
 
 
 def test_calls_share_nothing() -> None:

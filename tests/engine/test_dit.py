@@ -154,10 +154,10 @@ def test_the_parts_make_the_whole() -> None:
     request = dit.prepare(text(2))
     step = dit.condition(request, t)
     rows = dit.transform(dit.img_in(random(2, COUNT, 8, seed=9)), step, rope)
-    assert torch.equal(dit.final_layer(rows, step.final), velocity(dit, 2))
-    assert len(step.double) == len(step.single) == 2
+    assert torch.equal(dit.final_layer(rows, step.mods.final), velocity(dit, 2))
+    assert len(step.mods.double) == len(step.mods.single) == 2
     assert step.text.shape == (2, LENGTH, 32)
-    assert step.final.shape == (2, 1, 64)
+    assert step.mods.final.shape == (2, 1, 64)
 
 
 def test_padded_text_takes_part_in_attention() -> None:

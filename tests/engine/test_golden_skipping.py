@@ -141,7 +141,7 @@ class TeaCacheRun:
             decision = plan.decide(rule, accumulated, self.changes[-1], forced=forced)
             if decision.compute:
                 residual = self.dit.transform(before, step, self.rope) - before
-            velocity = self.dit.final_layer(before + residual, step.final)[:, :target]
+            velocity = self.dit.final_layer(before + residual, step.mods.final)[:, :target]
             cond, uncond = velocity.chunk(2)
             change = self.schedule[index + 1] - self.schedule[index]
             latents = latents + change * guided(cond, uncond, self.guidance, rescaled=False)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from PIL import Image
 from step1x.engine import Edit, Engine, edit
 from step1x.engine.dit import DiT
 from step1x.engine.errors import InputError
+from step1x.engine.executor import Execution
 from step1x.engine.text import Conditioner
 from step1x.engine.timing import STAGES
 from step1x.engine.vae import VAE, VAEConfig
 from step1x.engine.variants import VARIANTS, Variant
 from step1x.engine.weights import Components
+from step1x.kernels.adaln import adaln_op
 from step1x.training.edits import rgb
 from step1x.training.recipe import dit_config
 from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
@@ -29,7 +32,7 @@ VAE_CONFIG = VAEConfig(
 )
 
 
-def small(preset: str, dtype: torch.dtype = torch.float32) -> Engine:
+def small(preset: str, dtype: torch.dtype = torch.float32, **options: Any) -> Engine:
     """An engine with random weights, one block of each kind, and a picture of four text tokens."""
     from transformers import Qwen2VLImageProcessorPil
 
@@ -58,7 +61,7 @@ def small(preset: str, dtype: torch.dtype = torch.float32) -> Engine:
             torch.nn.init.normal_(parameter, std=0.1)
         module.eval().requires_grad_(False)
     conditioner = Conditioner(model.to(dtype).eval(), tokenizer, Qwen2VLImageProcessorPil(), row)
-    return Engine(Components(row, dit.to(dtype), vae, conditioner, "small", "0" * 64))
+    return Engine(Components(row, dit.to(dtype), vae, conditioner, "small", "0" * 64), Execution(**options))
 
 
 def photo(width: int = 60, height: int = 45, seed: int = 0) -> Image.Image:
@@ -142,6 +145,57 @@ def test_options_act() -> None:
         assert changed(**options) > 0, options
 
 
+@pytest.mark.parametrize("branches", [None, "batched", "sequential"])
+@pytest.mark.parametrize("preset", VARIANTS)
+def test_exact_algebra_changes_rounding_only(preset: str, branches: str | None) -> None:
+    engine = small(preset)
+    plain = engine.edit(photo(), "make it darker", seed=1, guidance=3.0, exact_algebra=False)
+    exact = engine.edit(photo(), "make it darker", seed=1, guidance=3.0, branches=branches)
+    assert difference(plain.image, exact.image) <= 1
+
+
+@pytest.mark.parametrize(("dtype", "decibels"), [(torch.float32, 60), (torch.bfloat16, 45)], ids=["fp32", "bf16"])
+def test_exact_algebra_with_the_bundled_checkpoint(dtype: torch.dtype, decibels: float) -> None:
+    engine = Engine.load(device="cpu", dtype=dtype)
+    with Image.open(PHOTO) as source:
+        pictures = [
+            engine.edit(source, "make it black and white", seed=3, size=128, guidance=1.5, exact_algebra=on).image
+            for on in (False, True)
+        ]
+    plain, exact = (np.asarray(picture, dtype=np.float64) for picture in pictures)
+    error = np.square(plain - exact).mean()
+    psnr = 10 * np.log10(255**2 / error) if error else np.inf
+    print(f"{dtype}: {psnr:.1f} dB between plain and rewritten path")
+    assert psnr >= decibels
+
+
+@pytest.mark.parametrize("name", ["sdpa", "merged"])
+@pytest.mark.parametrize("preset", ["official-v1.1", "diffusers-v1.2"])
+def test_attention_backends_agree(preset: str, name: str) -> None:
+    """v1.2 in one batch masks rows out, which `merged` cannot, so `sdpa` does it."""
+    pictures = [
+        small(preset, **options).edit(photo(), "make it darker", seed=1, guidance=3.0, branches="batched").image
+        for options in ({}, {"attention": name})
+    ]
+    assert difference(*pictures) <= 1
+
+
+def test_an_attention_that_is_not_there() -> None:
+    for name in ("triton", "fast"):
+        with pytest.raises(InputError, match="not available on cpu: auto, sdpa, merged"):
+            small("official-v1.1", attention=name)
+
+
+def test_kernels_are_chosen_when_loading() -> None:
+    with pytest.raises(InputError, match="kernels must be"):
+        Engine.load(device="cpu", kernels="some")
+    with pytest.raises(InputError, match="unknown option colour; known: kernels, attention, compiled"):
+        Engine.load(device="cpu", colour="red")
+    for kernels in ("auto", "on", "off"):
+        run = Execution(kernels=kernels).operation(adaln_op, torch.device("cpu"))
+        assert run is (adaln_op.call if kernels == "on" else adaln_op.reference)
+
+
 def test_strength_runs_the_last_steps_only() -> None:
     calls: list[tuple[int, int]] = []
     engine = small("official-v1.1")
@@ -179,6 +233,8 @@ def test_transparency_comes_back() -> None:
         ({"guidance": -1.0}, "guidance must be a finite number"),
         ({"strength": 0.0}, "strength must be above 0"),
         ({"posterior": "mode"}, "posterior must be"),
+        ({"branches": "both"}, "branches must be"),
+        ({"exact_algebra": "on"}, "exact_algebra must be"),
         ({"size": 8}, "below 16 pixels"),
         ({"seed": -1}, "seed must be between"),
         ({"colour": "red"}, "unknown option colour"),

@@ -1,0 +1,242 @@
+"""How the forwards of a loaded model run: as they are, compiled block by block, or as one CUDA graph.
+
+Blocks of a kind share one compilation for each shape, so a step of 57 blocks costs a handful of them. On a GPU the
+whole step is then captured as a CUDA graph: one launch instead of hundreds. Shapes are static, and text rows rounded
+up to `TEXT_BUCKET`, so that instructions of different lengths meet the same graphs.
+"""
+
+import hashlib
+import logging
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from step1x.engine.denoise import Runner
+from step1x.engine.dit import Rope, Step
+from step1x.engine.errors import InputError
+from step1x.engine.fused import Fused
+from step1x.engine.vae import VAE
+from step1x.engine.weights import Components
+from step1x.kernels.attention import attention_op
+from step1x.kernels.attention_backends import Attention, choose
+from step1x.kernels.cfg_step import cfg_step_op
+from step1x.kernels.launch import Op, pays, triton
+
+log = logging.getLogger(__name__)
+
+TEXT_BUCKET = 64  # rows
+BLOCKS = ("enter", "double_block", "single_block", "last_block", "final_block")
+RECOMPILE_LIMIT = 256  # of shapes for each kind of block; torch's 8 would be reached by a few picture sizes
+GRAPHS = 8  # captured steps that are kept: one for each size, aspect and length of text met last
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """How a loaded model runs."""
+
+    kernels: str = "auto"  # our own on a GPU: "auto" for those measured to be faster on it, "on" for all, or "off"
+    attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
+    compiled: bool = False  # compile the blocks: the first edit of a size is slow, the others fast
+
+    def __post_init__(self) -> None:
+        if self.kernels not in ("auto", "on", "off"):
+            raise InputError(f"kernels must be 'auto', 'on' or 'off', got {self.kernels!r}")
+
+    def operation(self, op: Op, device: torch.device) -> Callable[..., Any]:
+        """What runs an operation on a device: where no kernel does, its reference, without the dispatcher's 0.2 ms."""
+        wanted = self.kernels == "on" or (self.kernels == "auto" and pays(op.name, device))
+        return op.call if wanted else op.reference
+
+    def attend(self, device: torch.device, biased: tuple[int, int] | None) -> Attention:
+        """The attention where only the keys from `biased` on, up to its end, may carry a bias; None: any may.
+
+        Raises InputError for a backend that is not there.
+        """
+        if self.attention == "auto" and (self.kernels == "on" or device.type != "cuda"):
+            attend: Attention = self.operation(attention_op, device)
+            return attend
+        try:
+            found = choose(self.attention, device, None if biased is None else slice(*biased))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return choose("sdpa", device) if biased is None and self.attention != "triton" else found
+
+
+DEFAULT = Execution()
+
+
+def prepared(components: Components, execution: Execution) -> "tuple[Runner, CompileCache | None]":
+    """What runs the steps of a model, and where compiled code is kept, if it is compiled.
+
+    Raises InputError for an attention backend that is not there.
+    """
+    dit, device = components.dit, components.dit.device
+    execution.attend(device, None)  # a name that is not there is an error now, not in the first edit
+    fused = Fused(dit, partial(execution.operation, device=device), partial(execution.attend, device))
+    cfg_step = execution.operation(cfg_step_op, device)
+    if not execution.compiled:
+        return Runner(fused.velocity, cfg_step), None
+    versions = (torch.__version__, "" if triton is None else triton.__version__)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    cache = CompileCache(cache_folder(), [components.digest, str(dit.dtype), str(execution), gpu, *versions])
+    cache.load()
+    compile_blocks(fused)
+    compile_vae(components.vae)
+    velocity = Replay(fused.velocity) if device.type == "cuda" else fused.velocity
+    return Runner(velocity, cfg_step, TEXT_BUCKET), cache
+
+
+def compile_blocks(fused: Fused, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compiles the block functions of `fused` in place, each whole and for static shapes."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    for name in BLOCKS:
+        function = torch.compile(getattr(fused, name), fullgraph=True, dynamic=False, backend=backend)
+        setattr(fused, name, function)
+
+
+def compile_vae(vae: VAE) -> None:
+    """Compiles both halves for static shapes, in the layout that convolutions on a GPU are fastest in."""
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for half in (vae.encoder, vae.decoder):
+        half.compile(fullgraph=True, dynamic=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One CUDA graph, the tensors that it reads and the one that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    given: list[Tensor]
+    out: Tensor
+
+
+class Replay:
+    """A velocity as CUDA graphs: captured once for each set of shapes, replayed after that.
+
+    A step's tensors are copied to where the graph reads them: its modulations are 4 MB, its image rows 100 MB at
+    1024 x 1024, which is 0.1 % of the step.
+    """
+
+    def __init__(self, run: Callable[[Tensor, Step, Rope, int | None], Tensor]) -> None:
+        self._run = run
+        self._captured: OrderedDict[Any, Captured] = OrderedDict()
+        self._lock = threading.Lock()  # all replays share the tensors that the graphs read
+
+    def __call__(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
+        with self._lock:
+            return self._replayed(img, step, rope, kept)
+
+    def _replayed(self, img: Tensor, step: Step, rope: Rope, kept: int | None) -> Tensor:
+        given = leaves(img, step, rope)
+        key = (kept, step.bias is None, step.biased, *((one.shape, one.dtype) for one in given))
+        found = self._captured.pop(key, None)
+        if found is None:
+            found = self._capture(given, step, kept)
+        self._captured[key] = found
+        if len(self._captured) > GRAPHS:
+            self._captured.popitem(last=False)
+        torch._foreach_copy_(found.given, given)
+        found.graph.replay()
+        return found.out.clone()  # the next replay writes there again
+
+    def _capture(self, given: Sequence[Tensor], like: Step, kept: int | None) -> Captured:
+        place = [torch.empty_like(one, memory_format=torch.contiguous_format).copy_(one) for one in given]
+        img, step, rope = assembled(place, like)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and lets libraries choose and reserve
+                self._run(img, step, rope, kept)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self._run(img, step, rope, kept)
+        return Captured(graph, place, out)
+
+
+def leaves(img: Tensor, step: Step, rope: Rope) -> list[Tensor]:
+    """The tensors of a velocity's arguments, in the order of `assembled`."""
+    mods = step.mods
+    double = [vectors for pair in mods.double for vectors in pair]
+    bias = [] if step.bias is None else [step.bias]
+    return [img, *rope, step.text, mods.final, *double, *mods.single, *bias]
+
+
+def assembled(given: Sequence[Tensor], like: Step) -> tuple[Tensor, Step, Rope]:
+    """The arguments of which `given` are the leaves; `like` says how many there are of each."""
+    img, cos, sin, text, final = given[:5]
+    doubles = 2 * len(like.mods.double)
+    vectors = given[5 : 5 + doubles]
+    single = list(given[5 + doubles : 5 + doubles + len(like.mods.single)])
+    mods = type(like.mods)(list(zip(vectors[::2], vectors[1::2], strict=True)), single, final)
+    return img, Step(text, mods, None if like.bias is None else given[-1], like.biased), (cos, sin)
+
+
+class CompileCache:
+    """What the compiler made for one engine, kept in a file so that the next process starts warm.
+
+    The file holds programs. It is written for its owner only, and not read if anyone else could have written it.
+    """
+
+    def __init__(self, folder: Path, parts: Sequence[str]) -> None:
+        """parts: all that the compiled code depends on, such as weights, device and versions."""
+        name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+        self.path = folder / f"{name}.torch"
+        self._graphs = 0
+
+    def load(self) -> bool:
+        """Hands what is kept to the compiler; whether there was anything."""
+        try:
+            with self.path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o022:
+                    log.warning("%s is not used: others may have written it", self.path)
+                    return False
+                content = file.read()
+            return torch.compiler.load_cache_artifacts(content) is not None
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            log.warning("%s cannot be read: %s", self.path, error.strerror)
+            return False
+
+    def save(self) -> bool:
+        """Keeps what was compiled since the last call, if anything was; whether there is anything."""
+        from torch._dynamo.utils import counters
+
+        graphs = counters["stats"]["unique_graphs"]
+        if graphs == self._graphs:
+            return False
+        made = torch.compiler.save_cache_artifacts()
+        if made is None:
+            return False
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(made[0])
+            os.replace(temporary, self.path)
+        except OSError as error:  # a full or read-only disk costs the next start its warmth, not this edit
+            log.warning("%s cannot be written: %s", self.path, error.strerror)
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._graphs = graphs
+        return True
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept: XDG_CACHE_HOME or ~/.cache, as the XDG base directory specification has it."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "step1x-engine" / "compiled"

@@ -1,0 +1,178 @@
+"""The blocks of dit.py through the operations of kernels/: the same function in a seventh of the launches.
+
+A residual connection, the next block's normalisation and its modulation are one operation; so are both norms, both
+rotations and the layout of queries and keys; GELU writes where the next product reads. On a CPU the operations run
+their references.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step1x.engine.dit import DiT, DoubleBlock, Modulations, QKNorm, Rope, SingleBlock, Step
+from step1x.kernels.adaln import adaln_op
+from step1x.kernels.attention import attention_op
+from step1x.kernels.attention_backends import Attention
+from step1x.kernels.gated_residual import gated_residual_adaln_op, gated_residual_op
+from step1x.kernels.gelu_quant import gelu_join_op
+from step1x.kernels.launch import Op
+from step1x.kernels.qk_norm_rope import qk_norm_rope_op
+
+Choose = Callable[[Op], Callable[..., Any]]  # what runs an operation: its kernel or its reference
+Attend = Callable[[tuple[int, int] | None], Attention]  # of the keys that may carry a bias; None: any may
+Keys = tuple[Attention, Tensor | None]  # the attention, and its bias (batch, T + N)
+Pair = tuple[Tensor, Tensor]  # rows (batch, tokens, width), and their modulated norm
+
+
+class Fused:
+    """Stands in for `DiT.velocity`. The `_block` methods are functions of tensors, so that they can be compiled."""
+
+    def __init__(self, dit: DiT, choose: Choose = lambda op: op.call, attend: Attend | None = None) -> None:
+        """attend: makes the attention for the keys that may carry a bias (default: `choose` of our operation)."""
+        self.dit = dit
+        attention = choose(attention_op)
+        self._make = attend or (lambda biased: attention)
+        self._attentions: dict[tuple[int, int] | None, Attention] = {}
+        self.fp32 = dit.final_layer.fp32_norms
+        self.heads = dit.config.heads
+        self.adaln = choose(adaln_op)
+        self.residual = choose(gated_residual_op)
+        self.residual_adaln = choose(gated_residual_adaln_op)
+        self.gelu_join = choose(gelu_join_op)
+        self.qk_norm_rope = choose(qk_norm_rope_op)
+        self.double = list(cast("Iterable[DoubleBlock]", dit.double_blocks))
+        self.single = list(cast("Iterable[SingleBlock]", dit.single_blocks))
+        self.double_norms = [(norms(block.img_attn.norm), norms(block.txt_attn.norm)) for block in self.double]
+        self.single_norms = [norms(block.norm) for block in self.single]
+
+    def velocity(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
+        """As `DiT.velocity`: (batch, kept or N, out_channels) at image rows (batch, N, width)."""
+        texts, mods, bias = step.text.shape[1], step.mods, None
+        if step.bias is not None:
+            bias = F.pad(step.bias.to(torch.promote_types(img.dtype, torch.float32)), (0, img.shape[1]))
+        keys = (self._attention(None if step.biased is None else (texts - step.biased, texts)), bias)
+        rows = self._double(img, step.text, mods, rope, keys)
+        image = slice(texts, None if kept is None else texts + kept)
+        rows = self._single(rows, mods, rope, keys, image)
+        return self.final_block(rows, mods.final)
+
+    def _attention(self, biased: tuple[int, int] | None) -> Attention:
+        """The same object for the same keys, so that compiled blocks know it again."""
+        if biased not in self._attentions:
+            self._attentions[biased] = self._make(biased)
+        return self._attentions[biased]
+
+    def _double(self, img: Tensor, txt: Tensor, mods: Modulations, rope: Rope, keys: Keys) -> Tensor:
+        """Text and image rows (batch, T + N, width) behind all double blocks."""
+        if not self.double:
+            return torch.cat((txt, img), dim=1)
+        image, text = self.enter(img, mods.double[0][0]), self.enter(txt, mods.double[0][1])
+        for index, (block, scales) in enumerate(zip(self.double, self.double_norms, strict=True)):
+            ahead = mods.double[index + 1] if index + 1 < len(self.double) else (None, None)
+            image, text = self.double_block(block, scales, image, text, mods.double[index], ahead, rope, keys)
+        return torch.cat((text[0], image[0]), dim=1)
+
+    def _single(self, rows: Tensor, mods: Modulations, rope: Rope, keys: Keys, image: slice) -> Tensor:
+        """Rows `image` behind all single blocks; the last one computes no others."""
+        if not self.single:
+            return rows[:, image]
+        pair = self.enter(rows, mods.single[0])
+        for index, (block, scales) in enumerate(zip(self.single[:-1], self.single_norms, strict=False)):
+            pair = self.single_block(block, scales, pair, mods.single[index], mods.single[index + 1], rope, keys)
+        return self.last_block(self.single[-1], self.single_norms[-1], pair, mods.single[-1], rope, keys, image)
+
+    def enter(self, rows: Tensor, mod: Tensor) -> Pair:
+        """Rows with the first norm of a block, whose modulation begins with shift and scale."""
+        width = rows.shape[-1]
+        return rows, self.adaln(rows, mod[..., :width], mod[..., width : 2 * width], self.fp32)
+
+    def double_block(
+        self,
+        block: DoubleBlock,
+        scales: tuple[Tensor, Tensor],
+        image: Pair,
+        text: Pair,
+        mods: tuple[Tensor, Tensor],
+        ahead: tuple[Tensor, Tensor] | tuple[None, None],
+        rope: Rope,
+        keys: Keys,
+    ) -> tuple[Pair, Pair]:
+        """One double block, and the norm before the next one. Where none follows, the rows stand in its place."""
+        q, k, v = self.qk_norm_rope(
+            block.img_attn.qkv(image[1]), block.txt_attn.qkv(text[1]), *scales, *rope, self.heads
+        )
+        attend, bias = keys
+        attended = attend(q, k, v, bias)
+        txt, img = attended.split((text[0].shape[1], image[0].shape[1]), dim=1)
+        image = self._finish(image[0], block.img_attn.proj(img), block.img_mlp, mods[0], ahead[0])
+        text = self._finish(text[0], block.txt_attn.proj(txt), block.txt_mlp, mods[1], ahead[1])
+        return image, text
+
+    def _finish(self, rows: Tensor, change: Tensor, mlp: Any, mod: Tensor, ahead: Tensor | None) -> Pair:
+        """Both residual connections of a stream, the MLP between them."""
+        _, _, gate, shift, scale, second = mod.chunk(6, dim=-1)
+        rows, normed = self.residual_adaln(rows, gate, change, False, shift, scale, self.fp32)
+        change = mlp[2](self.gelu_join(None, mlp[0](normed)))
+        return self._leave(rows, second, change, self.fp32, ahead)
+
+    def _leave(self, rows: Tensor, gate: Tensor, change: Tensor, once: bool, ahead: Tensor | None) -> Pair:
+        """rows + gate * change, and its norm under the modulation of the block ahead, if there is one."""
+        if ahead is None:
+            rows = self.residual(rows, gate, change, once)
+            return rows, rows
+        width = rows.shape[-1]
+        shift, scale = ahead[..., :width], ahead[..., width : 2 * width]
+        out: Pair = self.residual_adaln(rows, gate, change, once, shift, scale, self.fp32)
+        return out
+
+    def single_block(
+        self,
+        block: SingleBlock,
+        scales: Tensor,
+        pair: Pair,
+        mod: Tensor,
+        ahead: Tensor,
+        rope: Rope,
+        keys: Keys,
+    ) -> Pair:
+        """One single block, and the norm before the next one."""
+        wide = block.linear1(pair[1])
+        qkv, hidden = wide.split(block.split, dim=-1)
+        attend, bias = keys
+        q, k, v = self.qk_norm_rope(qkv, None, scales, None, *rope, self.heads)
+        attended = attend(q, k, v, bias)
+        return self._leave(
+            pair[0], mod.chunk(3, dim=-1)[2], block.linear2(self.gelu_join(attended, hidden)), False, ahead
+        )
+
+    def last_block(
+        self,
+        block: SingleBlock,
+        scales: Tensor,
+        pair: Pair,
+        mod: Tensor,
+        rope: Rope,
+        keys: Keys,
+        image: slice,
+    ) -> Tensor:
+        """The last single block, for the rows `image`: all rows are keys and values, but only those are queries."""
+        rows, normed = pair
+        outer = block.split[0]  # rows of the weights that make q, k and v
+        qkv = F.linear(normed, block.linear1.weight[:outer], block.linear1.bias[:outer])
+        hidden = F.linear(normed[:, image], block.linear1.weight[outer:], block.linear1.bias[outer:])
+        q, k, v = self.qk_norm_rope(qkv, None, scales, None, *rope, self.heads)
+        attend, bias = keys
+        change = block.linear2(self.gelu_join(attend(q[:, :, image], k, v, bias), hidden))
+        return self._leave(rows[:, image], mod.chunk(3, dim=-1)[2], change, False, None)[0]
+
+    def final_block(self, rows: Tensor, mod: Tensor) -> Tensor:
+        """Velocity at the rows behind all blocks."""
+        return self.dit.final_layer.linear(self.enter(rows, mod)[1])
+
+
+def norms(norm: QKNorm) -> Tensor:
+    """(2, head_dim): scales of queries and of keys."""
+    return torch.stack((norm.query_norm.scale, norm.key_norm.scale))

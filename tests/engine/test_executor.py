@@ -1,0 +1,123 @@
+"""Compiled blocks, the arguments of a CUDA graph, and the cache of compiled code."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from step1x.engine.dit import DiT
+from step1x.engine.executor import CompileCache, Replay, assembled, cache_folder, compile_blocks, leaves
+from step1x.engine.fused import Fused
+
+COUNT = 12  # image rows of `step_arguments`
+Build = Callable[..., DiT]
+Arguments = Callable[..., tuple]
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def test_blocks_of_a_kind_share_a_graph(small_dit: Build, step_arguments: Arguments) -> None:
+    dit = small_dit(4, 5)
+    fused = Fused(dit)
+    compile_blocks(fused, backend="aot_eager")
+    given = step_arguments(dit)
+    assert error(fused.velocity(*given, COUNT // 2), dit.velocity(*given, COUNT // 2)) < 1e-12
+    assert sum(counters["graph_break"].values()) == 0
+    # Entry of image, text and single blocks; double blocks and the last of them; single blocks; the last; the end.
+    assert counters["stats"]["unique_graphs"] <= 8
+    made = counters["stats"]["unique_graphs"]
+    fused.velocity(*given, COUNT // 2)
+    assert counters["stats"]["unique_graphs"] == made
+    wide = step_arguments(dit, batch=1)
+    assert error(fused.velocity(*wide), dit.velocity(*wide)) < 1e-12
+
+
+def test_leaves_and_back(small_dit: Build, step_arguments: Arguments) -> None:
+    for bias in (True, False):
+        img, step, rope = step_arguments(small_dit(2, 3), bias=bias)
+        again = assembled(leaves(img, step, rope), step)
+        assert [id(one) for one in leaves(*again)] == [id(one) for one in leaves(img, step, rope)]
+        assert again[1].text is step.text
+        assert again[1].mods.final is step.mods.final
+        assert (again[1].bias is None) is not bias
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_replayed_graphs(small_dit: Build, step_arguments: Arguments) -> None:
+    dit = small_dit(dtype=torch.float32).cuda()
+    img, step, rope = step_arguments(dit.cpu())
+    given = [one.cuda() for one in leaves(img, step, rope)]
+    dit.cuda()
+    run = Replay(Fused(dit).velocity)
+    first = assembled(given, step)
+    again = assembled([one + 0.1 for one in given], step)
+    outs = [run(*first, COUNT), run(*again, COUNT), run(*first, COUNT)]
+    assert torch.equal(outs[0], outs[2])
+    assert error(outs[0], dit.velocity(*first, COUNT)) < 1e-5
+    assert error(outs[1], dit.velocity(*again, COUNT)) < 1e-5
+
+
+def test_a_cache_folder_of_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "step1x-engine" / "compiled"
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_folder() == Path.home() / ".cache" / "step1x-engine" / "compiled"
+
+
+def test_caches_of_different_engines_are_apart(tmp_path: Path) -> None:
+    names = {CompileCache(tmp_path, parts).path for parts in (["a", "b"], ["ab", ""], ["a", "c"], ["b", "a"])}
+    assert len(names) == 4
+
+
+def test_a_cache_that_others_could_have_written_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = CompileCache(tmp_path, ["x"])
+    assert not cache.load()
+    cache.path.write_bytes(b"\x80\x04programs")
+    cache.path.chmod(0o666)
+    assert not cache.load()
+    assert "others may have written it" in caplog.text
+    cache.path.chmod(0o600)
+    assert not cache.load()  # torn: torch says so itself, and nothing is lost
+
+
+COMPILE = """
+import logging, sys, torch
+from pathlib import Path
+from torch._dynamo.utils import counters
+from step1x.engine.executor import CompileCache
+cache = CompileCache(Path(sys.argv[1]), ["test"])
+loaded = cache.load()
+torch.compile(lambda x: (x * 2).sin() + 1, fullgraph=True, dynamic=False)(torch.ones(64))
+hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+print(loaded, hits > 0, cache.save(), cache.save())
+"""
+
+
+def test_the_second_process_starts_warm(tmp_path: Path) -> None:
+    said = []
+    for run in range(2):
+        # A compiler cache of its own each time: what is warm came from our file.
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"inductor{run}")}
+        words = [sys.executable, "-c", COMPILE, str(tmp_path / "ours")]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        said.append(done.stdout.split())
+    assert said == [["False", "False", "True", "False"], ["True", "True", "True", "False"]]
+    [file] = (tmp_path / "ours").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600

@@ -1,0 +1,135 @@
+"""Attention by other backends: biases merged exactly, the adapters' layouts, names and what is available."""
+
+import sys
+from functools import partial
+from math import log
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from step1x.kernels import attention_backends as module
+from step1x.kernels.attention import attention_lse_reference, attention_reference
+from step1x.kernels.attention_backends import available, choose, flash3_lse, merged, sage_lse, torch_lse
+
+CPU = torch.device("cpu")
+
+
+def qkv(queries: int, keys: int, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(queries)
+    packed = torch.randn(2, max(queries, keys), 3, 2, 16, dtype=torch.float64) * scale
+    q, k, v = packed.to(dtype).permute(2, 0, 3, 1, 4)
+    return q[:, :, :queries], k[:, :, :keys], v[:, :, :keys]
+
+
+def counts(keys: int, biased: slice, most: float = 300.0) -> Tensor:
+    """Two requests of which the second has one row of padding less."""
+    bias = torch.zeros(2, keys, dtype=torch.float64)
+    bias[:, biased] = log(most)
+    bias[1, biased.start] = 0
+    return bias
+
+
+@given(
+    queries=st.integers(1, 40), start=st.integers(0, 20), count=st.integers(1, 9), scale=st.sampled_from([0.1, 1, 4])
+)
+@settings(max_examples=25, deadline=None)
+def test_merged_is_exact(queries: int, start: int, count: int, scale: float) -> None:
+    q, k, v = qkv(queries, 31, torch.float64, scale)
+    biased = slice(start, start + count)
+    bias = counts(31, biased)
+    out = merged(biased, torch_lse, q, k, v, bias)
+    assert (out - attention_reference(q, k, v, bias)).abs().max() < 1e-12 * v.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=str)
+def test_merged_in_lower_precision(dtype: torch.dtype, bound: float) -> None:
+    q, k, v = qkv(33, 29, dtype)
+    bias = counts(29, slice(5, 8))
+    out = merged(slice(5, 8), torch_lse, q, k, v, bias.float())
+    exact = attention_reference(q.double(), k.double(), v.double(), bias)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert (out - exact).abs().max() < bound * v.abs().max()
+
+
+def test_merged_without_bias() -> None:
+    q, k, v = qkv(5, 7, torch.float64)
+    torch.testing.assert_close(choose("merged", CPU)(q, k, v, None), attention_reference(q, k, v, None))
+
+
+def test_merged_must_know_the_biased_keys() -> None:
+    q, k, v = qkv(5, 7, torch.float32)
+    with pytest.raises(ValueError, match="which keys carry a bias"):
+        choose("merged", CPU)(q, k, v, torch.zeros(2, 7))
+
+
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, return_attn_probs: bool) -> tuple[Tensor, Tensor]:
+    """As FlashAttention-3's: (batch, rows, heads, D) in and out."""
+    assert return_attn_probs
+    out, lse = attention_lse_reference(*(x.transpose(1, 2) for x in (q, k, v)), None)
+    return out.unflatten(-1, (q.shape[2], -1)), lse
+
+
+def sageattn(q: Tensor, k: Tensor, v: Tensor, *, tensor_layout: str, return_lse: bool) -> tuple[Tensor, Tensor]:
+    assert (tensor_layout, return_lse) == ("HND", True)
+    out, lse = attention_lse_reference(q, k, v, None)
+    return out.unflatten(-1, (q.shape[1], -1)).transpose(1, 2), lse
+
+
+@pytest.mark.parametrize(
+    ("package", "function", "with_lse"),
+    [("flash_attn_interface", flash_attn_func, flash3_lse), ("sageattention", sageattn, sage_lse)],
+    ids=["flash3", "sage"],
+)
+def test_adapters(package: str, function: Any, with_lse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = ModuleType(package)
+    setattr(stand_in, function.__name__, function)
+    monkeypatch.setitem(sys.modules, package, stand_in)
+    q, k, v = qkv(9, 11, torch.float64)
+    bias = counts(11, slice(2, 5))
+    out = merged(slice(2, 5), with_lse, q, k, v, bias)
+    torch.testing.assert_close(out, attention_reference(q, k, v, bias), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "merged"])
+def test_chosen_on_cpu(name: str) -> None:
+    q, k, v = qkv(9, 11, torch.float64)
+    bias = counts(11, slice(4, 6))
+    out = choose(name, CPU, slice(4, 6))(q, k, v, bias)
+    torch.testing.assert_close(out, attention_reference(q, k, v, bias), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["triton", "flash3", "sage", "nonsense"])
+def test_unavailable(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}' is not available on cpu: auto, sdpa, merged$"):
+        choose(name, CPU)
+
+
+@pytest.mark.parametrize(
+    ("chip", "names"),
+    [
+        (75, "sdpa"),
+        (80, "sdpa merged triton sage"),
+        (90, "sdpa merged triton flash3 sage"),
+        (120, "sdpa merged triton sage"),
+    ],
+)
+def test_available_on(chip: int, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "capability", lambda device: chip)
+    monkeypatch.setattr(module, "runs_kernels", lambda index: chip >= 80)
+    monkeypatch.setattr(module, "find_spec", lambda package: "installed")
+    assert available(torch.device("cuda")) == tuple(names.split())
+
+
+def test_auto_follows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.MEASURED, "cpu", "merged")
+    chosen = choose("auto", CPU)
+    assert isinstance(chosen, partial)
+    assert chosen.func is merged
+    monkeypatch.setitem(module.MEASURED, "cpu", "flash3")  # not there: PyTorch's own choice
+    assert choose("auto", CPU) is module.sdpa
