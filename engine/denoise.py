@@ -36,8 +36,7 @@ class Runner:
 class Branch:
     """One forward of a step: the prepared text rows of all its batch rows, their rotary tables, and what runs it.
 
-    steps: what `DiT.condition` would give at each step, if it was
-    folded.
+    steps: what `DiT.condition` would give at each step, if they were folded.
     """
 
     request: Request
