@@ -39,9 +39,7 @@ LOADING = (
     "dtype",
     "variant",
     "fix_quotes",
-    "kernels",
-    "attention",
-    "compiled",
+    *Execution.__dataclass_fields__,
 )  # keywords of Engine.load
 
 
@@ -396,7 +394,7 @@ def checked_device(name: str) -> torch.device:
 def edit(source: Source, instruction: str, *, model: str | Path | None = None, **options: Any) -> Edit:
     """Load a model (default: the bundled one) and edit one picture.
 
-    Options: those of `Engine.load` (profile, device, dtype, variant, fix_quotes) and those of `Engine.edit`.
+    Options: those of `Engine.load` and those of `Engine.edit`.
     Whoever edits more than one picture keeps an `Engine`.
     """
     loading = {name: options.pop(name) for name in LOADING if name in options}

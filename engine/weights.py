@@ -100,13 +100,8 @@ def build_dit(
     config = sizes.dit_config(folder.dit, folder.dit_configs)
     with torch.device("meta"):
         dit = DiT(config, fp32_norms)
-    targets = dit_targets(dit, folder.dit)
-    check(targets, folder.dit)
-    for target in targets:
-        at_host = host_modulation and is_modulation(target.key)
-        value = assemble(target, folder.dit.tensor, torch.device("cpu" if at_host else device), dtype)
-        # Pinned memory can be copied to a GPU while the GPU works.
-        _put(dit, target.key, value.pin_memory() if at_host and torch.cuda.is_available() else value)
+    at_host = is_modulation if host_modulation else None
+    build(dit, dit_targets(dit, folder.dit), folder.dit, device, dtype, at_host=at_host)
     return dit
 
 
@@ -163,15 +158,19 @@ def build(
     device: torch.device | str,
     dtype: torch.dtype | None,
     skipped: Iterable[str] = (),
+    at_host: Callable[[str], bool] | None = None,
 ) -> None:
     """Fills a meta module with `targets`, made of the tensors of `checkpoint`, on `device` and in `dtype`.
 
-    `skipped` are keys of the files that are not needed. Integer tensors keep their dtype. Parameters do not
-    require gradients. Raises InputError unless the files hold exactly what the targets are made of.
+    Those whose key `at_host` picks stay in host memory, pinned where there is a GPU to copy them to. `skipped` are
+    keys of the files that are not needed. Integer tensors keep their dtype. Parameters do not require gradients.
+    Raises InputError unless the files hold exactly what the targets are made of.
     """
     check(targets, checkpoint, skipped)
     for target in targets:
-        _put(module, target.key, assemble(target, checkpoint.tensor, torch.device(device), dtype))
+        stays = at_host is not None and at_host(target.key)
+        value = assemble(target, checkpoint.tensor, torch.device("cpu" if stays else device), dtype)
+        _put(module, target.key, value.pin_memory() if stays and torch.cuda.is_available() else value)
 
 
 def check(targets: Iterable[Target], checkpoint: Checkpoint, skipped: Iterable[str] = ()) -> None:

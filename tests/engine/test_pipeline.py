@@ -186,6 +186,14 @@ def test_an_attention_that_is_not_there() -> None:
             small("official-v1.1", attention=name)
 
 
+def test_a_profile_says_how_to_run(tmp_path: Path) -> None:
+    base = "description = 'x'\ndevice = 'cpu'\ndtype = 'float32'\nvae_dtype = 'float32'\n"
+    for line, message in (("attention = 'flash3'", "'flash3' is not available"), ("kernels = 'some'", "kernels")):
+        (tmp_path / "mine.toml").write_text(base + line)
+        with pytest.raises(InputError, match=message):
+            Engine.load(profile=tmp_path / "mine.toml")
+
+
 def test_kernels_are_chosen_when_loading() -> None:
     with pytest.raises(InputError, match="kernels must be"):
         Engine.load(device="cpu", kernels="some")

@@ -11,7 +11,7 @@ from torch import nn
 
 from step1x.engine import layouts
 from step1x.engine.connector import ConnectorConfig
-from step1x.engine.dit import DiT, DiTConfig
+from step1x.engine.dit import DiT, DiTConfig, is_modulation
 from step1x.engine.errors import InputError
 from step1x.engine.folder import locate
 from step1x.engine.save import save
@@ -44,6 +44,14 @@ def test_both_layouts_give_one_model(official: Make, diffusers: Make) -> None:
     assert_same(transformer(one), transformer(other))
     pair = [build_vae(locate(root), device="cpu", dtype=torch.float32) for root in (one, other)]
     assert_same(pair[0], pair[1])
+
+
+def test_modulations_can_stay_in_host_memory(official: Make) -> None:
+    """The meta device stands for a GPU."""
+    dit = build_dit(locate(official()), fp32_norms=True, device="meta", dtype=torch.float32, host_modulation=True)
+    stays = {name for name, parameter in dit.named_parameters() if parameter.device.type == "cpu"}
+    assert stays == {name for name, _ in dit.named_parameters() if is_modulation(name)}
+    assert {name.split(".")[-2] for name in stays} == {"lin", "1"}
 
 
 def test_nothing_is_left_on_meta_and_nothing_needs_gradients(official: Make) -> None:
@@ -232,6 +240,7 @@ def test_networks_of_different_models_do_not_load_together(whole: Path, diffuser
 MEASURE = """
 import sys, torch
 from pathlib import Path
+from step1x.engine.dit import is_modulation
 from step1x.engine.folder import locate
 from step1x.engine.weights import build_dit
 def peak(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
