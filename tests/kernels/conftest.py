@@ -6,14 +6,14 @@ and a GPU does not, numpy's warnings of infinities, is silenced.
 """
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from step1x.kernels.launch import tl, triton
+from step1x.kernels.launch import Compilation, tl, triton
 
 TORCH_TYPES = {
     "fp8e4nv": torch.float8_e4m3fn,
@@ -75,3 +75,52 @@ def right_interpreter() -> Iterator[None]:
         patch.setattr(builder, "binary_op", binary_op)
         patch.setattr(interpreter.GridExecutor, "__call__", silent_launch)
         yield
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is full of NaN; random numbers are the same each time."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(1).new_empty(8).isnan().all()
+    assert torch.ones(1).new_empty(8, dtype=torch.float8_e4m3fn).float().isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Launched:
+    """What launches ask for: (signature, constants, warps) each."""
+
+    NAMES: ClassVar = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv"}
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[dict[str, str], dict[str, Any], int]] = []
+
+    def record(self, kernel: Any, *given: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, given, strict=False))
+        assert all(value % 16 == 0 for value in arguments.values() if isinstance(value, int))
+        constants |= {name: None for name, value in arguments.items() if value is None}
+        signature = {
+            name: self.NAMES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            for name, value in arguments.items()
+            if value is not None
+        }
+        self.seen.append((signature, constants, num_warps))
+
+    def described(self, compilations: Iterable[Compilation]) -> list[tuple[dict[str, str], dict[str, Any], int]]:
+        """The same of what is compiled ahead of time, where every stride must count as aligned."""
+        compiled = list(compilations)
+        assert all(set(one.aligned) == {n for n, kind in one.signature.items() if kind == "i32"} for one in compiled)
+        return [(dict(one.signature), dict(one.constants), one.num_warps) for one in compiled]
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Launched]:
+    """Launches of a kernel are recorded instead of run."""
+
+    def start(kernel: Any) -> Launched:
+        launched = Launched()
+        monkeypatch.setattr(type(kernel), "run", lambda *given, **words: launched.record(*given, **words))
+        return launched
+
+    return start

@@ -1,6 +1,5 @@
 """Adaptive LayerNorm: the kernel against the model's own arithmetic, float64 and its roundings."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,16 +15,7 @@ from step1x.kernels.launch import CHIPS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)  # new memory is full of NaN
-    assert torch.ones(1).new_empty(8).isnan().all()
-    assert torch.ones(1).new_empty(8, dtype=E4M3).float().isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def steps(a: Tensor, b: Tensor) -> Tensor:
@@ -160,25 +150,8 @@ def test_examples_have_strided_inputs() -> None:
     assert shift.stride(0) == scale.stride(0) == 6 * 123
 
 
-NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", E4M3: "*fp8e4nv"}
-
-
-def test_what_is_launched_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-
-    def record(kernel: Any, *given: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
-        arguments = dict(zip(kernel.arg_names, given, strict=False))
-        sizes = [value for value in arguments.values() if isinstance(value, int)]
-        assert all(value % 16 == 0 for value in sizes)
-        constants |= {name: None for name, value in arguments.items() if value is None}
-        signature = {
-            name: NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
-            for name, value in arguments.items()
-            if value is not None
-        }
-        launched.append((signature, constants, num_warps))
-
-    monkeypatch.setattr(type(ops._adaln_kernel), "run", record)
+def test_what_is_launched_is_what_is_compiled(recorded: Any) -> None:
+    launched = recorded(ops._adaln_kernel)
     for width in ops.WIDTHS:
         for dtype in DTYPES:
             x, mod = torch.empty(2, 1, width, dtype=dtype), torch.empty(2, 1, 6 * width, dtype=dtype)
@@ -187,11 +160,9 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -
                     op.kernel(x, mod[..., :width], mod[..., width : 2 * width], fp32)
     for op in ops.OPS:
         op.kernel(x[:, :0], mod[..., :width], mod[..., :width], True)  # a GPU refuses an empty grid
-    compiled = list(ops.compilations(90))
-    assert all(set(one.aligned) == {n for n, kind in one.signature.items() if kind == "i32"} for one in compiled)
-    described = [(dict(one.signature), dict(one.constants), one.num_warps) for one in compiled]
-    assert len(described) == len(launched)
-    assert all(one in described for one in launched)
+    described = launched.described(ops.compilations(90))
+    assert len(described) == len(launched.seen)
+    assert all(one in described for one in launched.seen)
 
 
 def test_e4m3_is_compiled_where_the_chip_has_it() -> None:

@@ -1,6 +1,5 @@
 """Gated residual, alone and with the next adaptive LayerNorm: against the blocks' arithmetic, float64 and roundings."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,15 +15,7 @@ from step1x.kernels.launch import CHIPS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)  # new memory is full of NaN
-    assert torch.ones(1).new_empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -151,24 +142,8 @@ def test_examples_have_strided_inputs() -> None:
     assert gate.stride(0) == 300
 
 
-NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", E4M3: "*fp8e4nv"}
-
-
-def test_what_is_launched_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-
-    def record(kernel: Any, *given: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
-        arguments = dict(zip(kernel.arg_names, given, strict=False))
-        assert all(value % 16 == 0 for value in arguments.values() if isinstance(value, int))
-        constants |= {name: None for name, value in arguments.items() if value is None}
-        signature = {
-            name: NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
-            for name, value in arguments.items()
-            if value is not None
-        }
-        launched.append((signature, constants, num_warps))
-
-    monkeypatch.setattr(type(ops._gated_residual_kernel), "run", record)
+def test_what_is_launched_is_what_is_compiled(recorded: Any) -> None:
+    launched = recorded(ops._gated_residual_kernel)
     for width in WIDTHS:
         for dtype in DTYPES:
             x, mod = torch.empty(2, 1, width, dtype=dtype), torch.empty(2, 1, 6 * width, dtype=dtype)
@@ -179,11 +154,9 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -
                     ops.gated_residual_adaln_triton(x, gate, x, fused, shift, scale, fp32)
                     ops.gated_residual_adaln_fp8_triton(x, gate, x, fused, shift, scale, fp32)
     ops.gated_residual_triton(x[:, :0], gate, x[:, :0], True)  # a GPU refuses an empty grid
-    compiled = list(ops.compilations(90))
-    assert all(set(one.aligned) == {n for n, kind in one.signature.items() if kind == "i32"} for one in compiled)
-    described = [(dict(one.signature), dict(one.constants), one.num_warps) for one in compiled]
-    assert len(described) == len(launched)
-    assert all(one in described for one in launched)
+    described = launched.described(ops.compilations(90))
+    assert len(described) == len(launched.seen)
+    assert all(one in described for one in launched.seen)
 
 
 def test_e4m3_is_compiled_where_the_chip_has_it() -> None:

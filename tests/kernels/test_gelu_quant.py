@@ -1,6 +1,5 @@
 """tanh-GELU beside the attended rows: against PyTorch's, and against float64 at every bfloat16 number."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,15 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)  # new memory is full of NaN
-    assert torch.ones(1).new_empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def exact_gelu(x: Tensor) -> Tensor:
@@ -166,24 +157,8 @@ def test_examples_have_strided_inputs() -> None:
     assert attended.stride() == hidden.stride() == (1500, 300, 1)
 
 
-NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", E4M3: "*fp8e4nv"}
-
-
-def test_what_is_launched_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-
-    def record(kernel: Any, *given: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
-        arguments = dict(zip(kernel.arg_names, given, strict=False))
-        assert all(value % 16 == 0 for value in arguments.values() if isinstance(value, int))
-        constants |= {name: None for name, value in arguments.items() if value is None}
-        signature = {
-            name: NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
-            for name, value in arguments.items()
-            if value is not None
-        }
-        launched.append((signature, constants, num_warps))
-
-    monkeypatch.setattr(type(ops._gelu_join_kernel), "run", record)
+def test_what_is_launched_is_what_is_compiled(recorded: Any) -> None:
+    launched = recorded(ops._gelu_join_kernel)
     for width, hidden_width in ops.WIDTHS:
         for dtype in DTYPES:
             attended = torch.empty(2, 1, width, dtype=dtype)
@@ -192,11 +167,9 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -
                 ops.gelu_join_triton(left, hidden)
                 ops.gelu_quant_triton(left, hidden)
     ops.gelu_join_triton(None, hidden[:, :0])  # a GPU refuses an empty grid
-    compiled = list(ops.compilations(90))
-    assert all(set(one.aligned) == {n for n, kind in one.signature.items() if kind == "i32"} for one in compiled)
-    described = [(dict(one.signature), dict(one.constants), one.num_warps) for one in compiled]
-    assert len(described) == len(launched)
-    assert all(one in described for one in launched)
+    described = launched.described(ops.compilations(90))
+    assert len(described) == len(launched.seen)
+    assert all(one in described for one in launched.seen)
 
 
 def test_e4m3_is_compiled_where_the_chip_has_it() -> None:
