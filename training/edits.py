@@ -5,6 +5,7 @@ against its target. `region` is the float32 (height, width) coverage of what a l
 global edit. Families and wording are the data of the bundled checkpoint; `bench/quality.py` measures on the same.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -291,10 +292,23 @@ def sample(family: str, picture: Picture, random: Random, chinese_share: float =
 
 
 def all_wordings() -> list[str]:
-    """Every instruction the families can say: the text the tokenizer is trained on."""
+    """Every instruction the families can say."""
     random = np.random.default_rng(0)
     blank = np.zeros((8, 8, 3), np.float32)
     said = {words for _, english, chinese in GLOBAL.values() for words in (*english, *chinese)}
     for family in FAMILIES:
         said.update(sample(family, blank, random, 0.5).instruction for _ in range(600))
     return sorted(said)
+
+
+def words(instructions: Iterable[str]) -> list[str]:
+    """The text the tokenizer is trained on: instructions, the Chinese ones cut at the names of colours, shapes, places.
+
+    Chinese has no spaces: trained on whole instructions, byte pairs merge each into a token of its own, and what a
+    colour or a place is must be learned once for every instruction that names it.
+    """
+    tables = (COLOURS, PLACES, HALVES)
+    names = {value if isinstance(value, str) else value[0] for table in tables for value in table.values()}
+    names.update(name for shape in SHAPES.values() for name in shape)
+    cut = re.compile("(" + "|".join(sorted(names, key=len, reverse=True)) + ")")
+    return [part for instruction in instructions for part in cut.split(instruction) if part]

@@ -24,7 +24,7 @@ from step1x.engine.variants import PREFIX_V1
 from step1x.engine.weights import load
 from step1x.training import autoencoder, state
 from step1x.training.conditioning import TextSide
-from step1x.training.edits import FAMILIES, Picture, all_wordings, sample
+from step1x.training.edits import FAMILIES, Picture, all_wordings, sample, words
 from step1x.training.flow import flow_loss, times
 from step1x.training.pairs import Pairs, Pool, as_tensor
 from step1x.training.pictures import Photographs, picture
@@ -92,7 +92,7 @@ def new_text(recipe: Recipe, seed: int) -> TextSide:
     from transformers import Qwen2VLImageProcessorPil
 
     torch.manual_seed(seed)
-    texts = [PREFIX_V1, "You are a helpful assistant.", "Picture 1: user assistant system", *all_wordings()]
+    texts = [PREFIX_V1, "You are a helpful assistant.", "Picture 1: user assistant system", *words(all_wordings())]
     tokenizer = train_tokenizer(texts * 4, recipe.vocabulary)
     variant = recipe.variant.override({"template_tokens": count_template_tokens(tokenizer, recipe.variant.prefix)})
     model = small_text_model(tokenizer, **recipe.text)

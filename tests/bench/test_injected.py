@@ -79,7 +79,11 @@ def test_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pause_in_the_step_loop(tmp_path: Path) -> None:
-    """A copy of the tree with a pause in every step, timed against the tree."""
+    """A copy of the tree whose host counts to some millions in every step, timed against the tree.
+
+    It counts and does not sleep: a core that slept runs slower for a while, which the gate blames on what comes next,
+    and beside other work a sleep does not grow with everything else.
+    """
     slow = tmp_path / "slow"
     for package in ("engine", "profiles", "kernels", "quant"):
         shutil.copytree(ROOT / package, slow / package, ignore=shutil.ignore_patterns("bundled", "__pycache__"))
@@ -88,7 +92,7 @@ def test_a_pause_in_the_step_loop(tmp_path: Path) -> None:
     text = file.read_text()
     loop = "        now, following = "
     assert text.count(loop) == 1
-    file.write_text(text.replace(loop, f"        __import__('time').sleep(0.2)\n{loop}"))
+    file.write_text(text.replace(loop, f"        sum(range(10_000_000))\n{loop}"))
     ratios = {one.name: one for one in paired.measure(slow, ROOT, pairs=12, cases=["edit"])}
     assert {name for name, one in ratios.items() if one.slower} == {"edit.denoise_step", "edit.end_to_end"}
     assert ratios["edit.denoise_step"].pairs == 12

@@ -3,7 +3,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step1x.training.edits import COLOURS, FAMILIES, GLOBAL, LOCAL, PLACES, all_wordings, centre, coverage, rgb, sample
+from step1x.training.edits import (
+    COLOURS,
+    FAMILIES,
+    GLOBAL,
+    LOCAL,
+    PLACES,
+    all_wordings,
+    centre,
+    coverage,
+    rgb,
+    sample,
+    words,
+)
 
 
 def picture(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
@@ -71,8 +83,16 @@ def test_added_shape_has_its_colour() -> None:
 def test_wordings_are_english_and_chinese() -> None:
     said = all_wordings()
     assert len(said) == len(set(said)) > 300
-    assert any("红色" in words for words in said)
-    assert {words for _, english, chinese in GLOBAL.values() for words in (*english, *chinese)} <= set(said)
+    assert any("红色" in one for one in said)
+    assert {one for _, english, chinese in GLOBAL.values() for one in (*english, *chinese)} <= set(said)
+
+
+def test_chinese_is_cut_at_names() -> None:
+    assert words(["add a red circle at the top left", "在左上角加一个红色的圆"]) == [
+        "add a red circle at the top left",
+        *("在", "左上角", "加一个", "红色", "的", "圆"),
+    ]
+    assert words(["把方块变成圆形"]) == ["把", "方块", "变成", "圆形"]
 
 
 def test_unknown_family_is_an_error() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from step1x.engine import Engine
 from step1x.training import recipe, state
 from step1x.training.__main__ import program
+from step1x.training.edits import words
 from step1x.training.recipe import Stage, dit_config
 from step1x.training.tiny import Clock, new_text
 
@@ -43,8 +44,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(photos: Path, folder: Path, output: Path, *more: str) -> str:
-    words = ["tiny", "--photos", str(photos), "--hours", "0.0015", "--device", "cpu", "--recipe", "cpu"]
-    result = CliRunner().invoke(program, [*words, "--run", str(folder), "-o", str(output), *more])
+    line = ["tiny", "--photos", str(photos), "--hours", "0.0015", "--device", "cpu", "--recipe", "cpu"]
+    result = CliRunner().invoke(program, [*line, "--run", str(folder), "-o", str(output), *more])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -67,18 +68,29 @@ def test_trains_resumes_and_writes_a_model(photos: Path, tmp_path: Path) -> None
 
 
 def test_an_existing_output_is_refused(photos: Path, tmp_path: Path) -> None:
-    words = ["tiny", "--photos", str(photos), "--hours", "1", "-o", str(tmp_path)]
-    result = CliRunner().invoke(program, words)
+    line = ["tiny", "--photos", str(photos), "--hours", "1", "-o", str(tmp_path)]
+    result = CliRunner().invoke(program, line)
     assert result.exit_code == 2
     assert "exists already" in result.output
 
 
 def test_no_photographs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    words = ["tiny", "--photos", str(tmp_path / "empty"), "--hours", "1", "-o", str(tmp_path / "model")]
-    result = CliRunner().invoke(program, words)
+    line = ["tiny", "--photos", str(tmp_path / "empty"), "--hours", "1", "-o", str(tmp_path / "model")]
+    result = CliRunner().invoke(program, line)
     assert result.exit_code == 2
     assert "no photographs" in result.output
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    ["add a red circle at the top left", "在右下角画一个紫色正方形", "把蓝色的圆变成正方形", "左半边变成橙色"],
+)
+def test_colours_shapes_and_places_have_tokens_of_their_own(instruction: str) -> None:
+    """What a word means is then learned once, not once for every instruction that it stands in."""
+    tokenizer = new_text(replace(TOY, vocabulary=recipe.CPU.vocabulary), 0).tokenizer
+    pieces = [tokenizer.decode([one]).strip() for one in tokenizer(instruction)["input_ids"]]
+    assert pieces == (instruction.split() if " " in instruction else words([instruction]))
 
 
 def test_text_side_in_training_equals_the_engine() -> None:
