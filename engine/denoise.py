@@ -135,15 +135,16 @@ def denoise(
     latents, reference = state
     target = latents.shape[1]
     latents = latents.to(dit.dtype)
-    shown = None if reference is None else dit.img_in(reference.to(dit.dtype))  # the same at every step
+    img = dit.img_in(latents.to(dit.dtype))
+    if reference is not None:
+        img = torch.cat((img, dit.img_in(reference.to(dit.dtype))), dim=1)
     times = _times(schedule, latents, variant)
     if algebra.fold:
         forwards = folded(dit, forwards, times)
     for index in range(len(schedule) - 1):
         now, following = float(schedule[index]), float(schedule[index + 1])
-        img = dit.img_in(latents.to(dit.dtype))
-        if shown is not None:
-            img = torch.cat((img, shown), dim=1)
+        if index:  # the reference's rows stay what they are
+            img[:, :target] = dit.img_in(latents.to(dit.dtype))
         kept = target if algebra.prune else None
         prediction = velocities(dit, forwards, img, index, times[index], kept)[:, :target]
         if guidance is None:

@@ -46,6 +46,7 @@ class Execution:
     kernels: str = "auto"  # our own on a GPU: "auto" for those measured to be faster on it, "on" for all, or "off"
     attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
     compiled: bool = False  # compile the blocks: the first edit of a size is slow, the others fast
+    strip_pixels: int = 1 << 21  # larger pictures go through the autoencoder in strips: the same in half the memory
 
     def __post_init__(self) -> None:
         if self.kernels not in ("auto", "on", "off"):
@@ -83,6 +84,7 @@ def prepared(components: Components, execution: Execution) -> "tuple[Runner, Com
     execution.attend(device, None)  # a name that is not there is an error now, not in the first edit
     fused = Fused(dit, partial(execution.operation, device=device), partial(execution.attend, device))
     cfg_step = execution.operation(cfg_step_op, device)
+    components.vae.strip_pixels = execution.strip_pixels
     if not execution.compiled:
         return Runner(fused.velocity, cfg_step), None
     versions = (torch.__version__, "" if triton is None else triton.__version__)

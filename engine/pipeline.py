@@ -140,8 +140,8 @@ class Engine:
         profile: device and dtypes by name or .toml file (default: bf16-80gb with CUDA, else cpu); `device` and
         `dtype` override it. variant: a parity preset such as "official-v1.1" (default: the weights' own).
         fix_quotes: keep an apostrophe or a lone quote from opening a quotation, which the released programs let
-        it do, to the instruction's harm (§1.4). execution: the fields of `Execution`, kernels, attention and compiled
-        (default: the profile's). Raises InputError for anything wrong with the arguments or the files.
+        it do, to the instruction's harm (§1.4). execution: the fields of `Execution`, kernels, attention, compiled,
+        strip_pixels (default: the profile's). Raises InputError for anything wrong with the arguments or the files.
         """
         cuda = torch.cuda.is_available()
         try:
@@ -160,7 +160,7 @@ class Engine:
             host_modulation=settings.host_modulation,
         )
         given = {name: value for name, value in execution.items() if value is not None}
-        own = {"kernels": settings.kernels, "attention": settings.attention, "compiled": settings.compiled}
+        own = {field.name: getattr(settings, field.name) for field in fields(Execution)}
         return cls(components, chosen(Execution, {**own, **given}))
 
     @property

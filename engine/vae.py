@@ -1,4 +1,7 @@
-"""The FLUX.1 autoencoder (model.md §4). Parameter names are the official checkpoint's."""
+"""The FLUX.1 autoencoder (model.md §4). Parameter names are the official checkpoint's.
+
+Beside `forward`, modules have `strips`: the same function, strip by strip (strips.py). It may write into its input.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from step1x.engine import strips
 from step1x.engine.connector import wide
 
 
@@ -50,6 +54,14 @@ class ResnetBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
 
+    def strips(self, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        h = strips.gathered(strips.convolved(self.conv1, strips.activated(self.norm1, x), height), height)
+        change = strips.convolved(self.conv2, strips.activated(self.norm2, h), height)
+        summed = ((rows, self.nin_shortcut(x[:, :, rows]) + strip) for rows, strip in change)
+        width = self.conv2.out_channels
+        return strips.gathered(summed, height, x[:, :width] if width <= x.shape[1] else None)
+
 
 class AttnBlock(nn.Module):
     """Single-head attention over all cells; q, k, v and proj_out are 1x1 convolutions."""
@@ -64,7 +76,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        # Channels side by side: otherwise attention takes its slow way, which writes out all logits, 1 GB at 1024 x 1024.
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(out)
 
@@ -77,6 +90,16 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros right and bottom only
 
+    def strips(self, x: Tensor) -> Tensor:
+        height = x.shape[2] // 2
+        parts = ((slice(top, end), self.forward_rows(x, top, end)) for top, end in strips.spans(height))
+        return strips.gathered(parts, height)
+
+    def forward_rows(self, x: Tensor, top: int, end: int) -> Tensor:
+        """Rows of the result."""
+        part = x[:, :, 2 * top : 2 * end + 1]
+        return self.conv(F.pad(part, (0, 1, 0, 2 * (end - top) + 1 - part.shape[2])))
+
 
 class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
@@ -85,6 +108,10 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def strips(self, x: Tensor) -> Tensor:
+        height = 2 * x.shape[2]
+        return strips.gathered(strips.convolved(self.conv, strips.doubled(x), height), height)
 
 
 class Level(nn.Module):
@@ -100,6 +127,12 @@ class Level(nn.Module):
             x = block(x)
         return x
 
+    def strips(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            assert isinstance(block, ResnetBlock)
+            x = block.strips(x)
+        return x
+
 
 class DownLevel(Level):
     def __init__(self, in_width: int, width: int, blocks: int, groups: int) -> None:
@@ -109,6 +142,9 @@ class DownLevel(Level):
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(super().forward(x))
 
+    def strips(self, x: Tensor) -> Tensor:
+        return self.downsample.strips(super().strips(x))
+
 
 class UpLevel(Level):
     def __init__(self, in_width: int, width: int, blocks: int, groups: int) -> None:
@@ -117,6 +153,9 @@ class UpLevel(Level):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.upsample(super().forward(x))
+
+    def strips(self, x: Tensor) -> Tensor:
+        return self.upsample.strips(super().strips(x))
 
 
 class Mid(nn.Module):
@@ -150,6 +189,13 @@ class Encoder(nn.Module):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
+    def strips(self, x: Tensor) -> Tensor:
+        x = strips.gathered(strips.convolved(self.conv_in, strips.rows_of(x), x.shape[2]), x.shape[2])
+        for level in self.down:
+            assert isinstance(level, Level)
+            x = level.strips(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # small: an eighth of the picture's sides
+
 
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
@@ -172,10 +218,20 @@ class Decoder(nn.Module):
             z = level(z)
         return self.conv_out(F.silu(self.norm_out(z)))
 
+    def strips(self, z: Tensor) -> Tensor:
+        z = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            assert isinstance(level, Level)
+            z = level.strips(z)
+        return strips.gathered(strips.convolved(self.conv_out, strips.activated(self.norm_out, z), z.shape[2]), z.shape[2])
+
 
 class VAE(nn.Module):
+    """strip_pixels: larger pictures than this run in strips; None: none do. Strips need no gradients."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        self.strip_pixels: int | None = None
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -190,7 +246,8 @@ class VAE(nn.Module):
         A sample of the posterior, mean + exp(logvar / 2) * noise, or its mean when `noise` is None; then
         shifted and scaled. `clamp_logvar` limits the log variance to [-30, 20] as diffusers does.
         """
-        mean, logvar = self.encoder(image.to(self.dtype)).chunk(2, dim=1)
+        run = self.encoder.strips if self._large(image.shape[2] * image.shape[3]) else self.encoder
+        mean, logvar = run(image.to(self.dtype)).chunk(2, dim=1)
         if noise is not None:
             logvar = logvar.clamp(-30.0, 20.0) if clamp_logvar else logvar
             mean = mean + torch.exp(0.5 * wide(logvar)) * noise
@@ -199,4 +256,8 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Image (batch, 3, h, w), nominally in [-1, 1], of shifted and scaled latents."""
         z = latents / self.config.scale_factor + self.config.shift_factor
-        return self.decoder(z.to(self.dtype))
+        run = self.decoder.strips if self._large(z.shape[2] * z.shape[3] * self.config.factor**2) else self.decoder
+        return run(z.to(self.dtype))
+
+    def _large(self, pixels: int) -> bool:
+        return self.strip_pixels is not None and pixels > self.strip_pixels

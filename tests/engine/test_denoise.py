@@ -57,7 +57,7 @@ class Watched(DiT):
         return super().condition(request, timestep)
 
     def velocity(self, img: Tensor, step: Step, rope: tuple[Tensor, Tensor], kept: int | None = None) -> Tensor:
-        self.img.append(img)
+        self.img.append(img.clone())  # the loop writes to it again
         return super().velocity(img, step, rope, kept)
 
 

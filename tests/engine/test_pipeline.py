@@ -192,12 +192,14 @@ def test_a_profile_says_how_to_run(tmp_path: Path) -> None:
         (tmp_path / "mine.toml").write_text(base + line)
         with pytest.raises(InputError, match=message):
             Engine.load(profile=tmp_path / "mine.toml")
+    (tmp_path / "mine.toml").write_text(base + "strip_pixels = 4096")
+    assert Engine.load(profile=tmp_path / "mine.toml").vae.strip_pixels == 4096
 
 
 def test_kernels_are_chosen_when_loading() -> None:
     with pytest.raises(InputError, match="kernels must be"):
         Engine.load(device="cpu", kernels="some")
-    with pytest.raises(InputError, match="unknown option colour; known: kernels, attention, compiled"):
+    with pytest.raises(InputError, match="unknown option colour; known: kernels, attention, compiled, strip"):
         Engine.load(device="cpu", colour="red")
     for kernels in ("auto", "on", "off"):
         run = Execution(kernels=kernels).operation(adaln_op, torch.device("cpu"))
