@@ -5,7 +5,6 @@ whole step is then captured as a CUDA graph: one launch instead of hundreds. Sha
 up to `TEXT_BUCKET`, so that instructions of different lengths meet the same graphs.
 """
 
-import hashlib
 import logging
 import os
 import stat
@@ -29,7 +28,7 @@ from step1x.engine.weights import Components
 from step1x.kernels.attention import attention_op
 from step1x.kernels.attention_backends import Attention, choose
 from step1x.kernels.cfg_step import cfg_step_op
-from step1x.kernels.launch import Op, pays, triton
+from step1x.kernels.launch import Op, pays
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +74,8 @@ class Execution:
 DEFAULT = Execution()
 
 
-def prepared(components: Components, execution: Execution) -> "tuple[Runner, CompileCache | None]":
-    """What runs the steps of a model, and where compiled code is kept, if it is compiled.
+def prepared(components: Components, execution: Execution) -> Runner:
+    """What runs the steps of a model.
 
     Raises InputError for an attention backend that is not there.
     """
@@ -86,15 +85,12 @@ def prepared(components: Components, execution: Execution) -> "tuple[Runner, Com
     cfg_step = execution.operation(cfg_step_op, device)
     components.vae.strip_pixels = execution.strip_pixels
     if not execution.compiled:
-        return Runner(fused.velocity, cfg_step), None
-    versions = (torch.__version__, "" if triton is None else triton.__version__)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    cache = CompileCache(cache_folder(), [components.digest, str(dit.dtype), str(execution), gpu, *versions])
-    cache.load()
+        return Runner(fused.velocity, cfg_step)
+    keep_compiled()
     compile_blocks(fused)
     compile_vae(components.vae)
     velocity = Replay(fused.velocity) if device.type == "cuda" else fused.velocity
-    return Runner(velocity, cfg_step, TEXT_BUCKET), cache
+    return Runner(velocity, cfg_step, TEXT_BUCKET)
 
 
 def compile_blocks(fused: Fused, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -185,57 +181,28 @@ def assembled(given: Sequence[Tensor], like: Step) -> tuple[Tensor, Step, Rope]:
     return img, Step(text, mods, None if like.bias is None else given[-1], like.biased), (cos, sin)
 
 
-class CompileCache:
-    """What the compiler made for one engine, kept in a file so that the next process starts warm.
+def keep_compiled() -> None:
+    """Lets the compiler keep what it makes in `cache_folder`, so that the next process starts warm.
 
-    The file holds programs. It is written for its owner only, and not read if anyone else could have written it.
+    Code found there is run, so a folder that anyone else may write to is not used. Where TORCHINDUCTOR_CACHE_DIR says
+    where to keep it, that holds.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    def __init__(self, folder: Path, parts: Sequence[str]) -> None:
-        """parts: all that the compiled code depends on, such as weights, device and versions."""
-        name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-        self.path = folder / f"{name}.torch"
-        self._graphs = 0
-
-    def load(self) -> bool:
-        """Hands what is kept to the compiler; whether there was anything."""
-        try:
-            with self.path.open("rb") as file:
-                facts = os.fstat(file.fileno())
-                if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o022:
-                    log.warning("%s is not used: others may have written it", self.path)
-                    return False
-                content = file.read()
-            return torch.compiler.load_cache_artifacts(content) is not None
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            log.warning("%s cannot be read: %s", self.path, error.strerror)
-            return False
-
-    def save(self) -> bool:
-        """Keeps what was compiled since the last call, if anything was; whether there is anything."""
-        from torch._dynamo.utils import counters
-
-        graphs = counters["stats"]["unique_graphs"]
-        if graphs == self._graphs:
-            return False
-        made = torch.compiler.save_cache_artifacts()
-        if made is None:
-            return False
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(made[0])
-            os.replace(temporary, self.path)
-        except OSError as error:  # a full or read-only disk costs the next start its warmth, not this edit
-            log.warning("%s cannot be written: %s", self.path, error.strerror)
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._graphs = graphs
-        return True
+    # Importing the compiler sets the variable to a folder of the temporary ones.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
+        return
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        facts = folder.stat()
+    except OSError as error:  # a full or read-only disk costs the next start its warmth, not this edit
+        log.warning("compiled code is not kept: %s: %s", folder, error.strerror)
+        return
+    if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o022:
+        log.warning("compiled code is not kept: others may write to %s", folder)
+        return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def cache_folder() -> Path:

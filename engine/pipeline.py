@@ -121,7 +121,7 @@ class Engine:
         self.conditioner = components.conditioner
         self.name = components.name
         self.digest = components.digest
-        self._runner, self._cache = prepared(components, execution)
+        self._runner = prepared(components, execution)
 
     @classmethod
     def load(
@@ -306,8 +306,6 @@ class Engine:
             )
         with recorder.stage("decode"):
             decoded = self.vae.decode(pictures.unpack(tokens, canvas.grid).float())
-        if self._cache is not None:
-            self._cache.save()
         return decoded
 
     def _conditionings(

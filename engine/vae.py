@@ -76,7 +76,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # Channels side by side: otherwise attention takes its slow way, which writes out all logits, 1 GB at 1024 x 1024.
+        # Channels side by side: else attention takes its slow way and writes out all logits, 1 GB at 1024 x 1024.
         q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(out)
@@ -223,7 +223,9 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             assert isinstance(level, Level)
             z = level.strips(z)
-        return strips.gathered(strips.convolved(self.conv_out, strips.activated(self.norm_out, z), z.shape[2]), z.shape[2])
+        return strips.gathered(
+            strips.convolved(self.conv_out, strips.activated(self.norm_out, z), z.shape[2]), z.shape[2]
+        )
 
 
 class VAE(nn.Module):

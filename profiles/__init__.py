@@ -26,7 +26,7 @@ class Profile(BaseModel):
     attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
     compiled: bool = False  # compile the blocks when they first run
     host_modulation: bool = False  # keep the parameters of modulations in host memory, used once an edit
-    strip_pixels: int = Field(default=1 << 21, ge=0)  # larger pictures go through the autoencoder in strips: less memory
+    strip_pixels: int = Field(default=1 << 21, ge=0)  # larger pictures: autoencoder in strips
     device_memory_gb: int = Field(default=0, ge=0)  # of the GPU that it is meant for; 0: any
 
 

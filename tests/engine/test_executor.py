@@ -11,9 +11,10 @@ import torch
 import torch._dynamo
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from step1x.engine.dit import DiT
-from step1x.engine.executor import CompileCache, Replay, assembled, cache_folder, compile_blocks, leaves
+from step1x.engine.executor import Replay, assembled, cache_folder, compile_blocks, keep_compiled, leaves
 from step1x.engine.fused import Fused
 
 COUNT = 12  # image rows of `step_arguments`
@@ -81,43 +82,47 @@ def test_a_cache_folder_of_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert cache_folder() == Path.home() / ".cache" / "step1x-engine" / "compiled"
 
 
-def test_caches_of_different_engines_are_apart(tmp_path: Path) -> None:
-    names = {CompileCache(tmp_path, parts).path for parts in (["a", "b"], ["ab", ""], ["a", "c"], ["b", "a"])}
-    assert len(names) == 4
-
-
-def test_a_cache_that_others_could_have_written_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cache = CompileCache(tmp_path, ["x"])
-    assert not cache.load()
-    cache.path.write_bytes(b"\x80\x04programs")
-    cache.path.chmod(0o666)
-    assert not cache.load()
-    assert "others may have written it" in caplog.text
-    cache.path.chmod(0o600)
-    assert not cache.load()  # torn: torch says so itself, and nothing is lost
+def test_a_cache_that_others_could_have_written_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    cache_folder().mkdir(parents=True)
+    cache_folder().chmod(0o770)
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
+    assert "others may write to" in caplog.text
+    cache_folder().rmdir()
+    cache_folder().write_text("no folder")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
+    assert "compiled code is not kept" in caplog.text.splitlines()[-1]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
 
 
 COMPILE = """
-import logging, sys, torch
-from pathlib import Path
+import torch
 from torch._dynamo.utils import counters
-from step1x.engine.executor import CompileCache
-cache = CompileCache(Path(sys.argv[1]), ["test"])
-loaded = cache.load()
+from step1x.engine.executor import keep_compiled
+keep_compiled()
 torch.compile(lambda x: (x * 2).sin() + 1, fullgraph=True, dynamic=False)(torch.ones(64))
-hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
-print(loaded, hits > 0, cache.save(), cache.save())
+print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"] > 0)
 """
 
 
 def test_the_second_process_starts_warm(tmp_path: Path) -> None:
-    said = []
-    for run in range(2):
-        # A compiler cache of its own each time: what is warm came from our file.
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"inductor{run}")}
-        words = [sys.executable, "-c", COMPILE, str(tmp_path / "ours")]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-        said.append(done.stdout.split())
-    assert said == [["False", "False", "True", "False"], ["True", "True", "True", "False"]]
-    [file] = (tmp_path / "ours").iterdir()
-    assert file.stat().st_mode & 0o777 == 0o600
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    folder, said, libraries = tmp_path / "step1x-engine" / "compiled", [], []
+    for _ in range(2):
+        words = [sys.executable, "-c", COMPILE]
+        done = subprocess.run(
+            words, env={**environment, "XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True, check=True
+        )
+        said.append(done.stdout.strip())
+        libraries.append({file: file.stat().st_mtime_ns for file in folder.rglob("*.so")})
+    assert said == ["False", "True"]
+    assert libraries[0]
+    assert libraries[1] == libraries[0]  # nothing went through the C++ compiler again
+    assert folder.stat().st_mode & 0o777 == 0o700
