@@ -7,6 +7,7 @@ part whose record of this commit is there already is not run again. DIR/battery.
 thing printed is a short table.
 """
 
+import math
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ from step1x.profiles import default_profile
 
 LOG = "battery.log"  # in the folder of records: what every part said
 # Seconds that a part may take; together nine minutes.
-PARTS = {"kernels": 70, "dit": 150, "e2e": 170, "peers": 90, "memory": 60}
+PARTS = {"kernels": 110, "dit": 160, "e2e": 140, "peers": 80, "memory": 50}
+ENOUGH = 0.8  # of a part's time: nothing new is begun then
 
 
 @dataclass(slots=True)
@@ -34,6 +36,7 @@ class Run:
 
     device: torch.device
     smoke: bool  # the bundled checkpoint's shapes instead of the released model's
+    until: float = math.inf  # of time.monotonic: when this part should come to its end
     metrics: dict[str, Metric] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -54,6 +57,13 @@ class Run:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
+    def late(self, what: str) -> bool:
+        """Whether there is no time left for `what`; if so, that is noted."""
+        late = time.monotonic() > self.until
+        if late:
+            self.notes[what] = "not measured: the part's time was up"
+        return late
+
     def seconds(self, call: Callable[[], object], repeats: int = 5) -> float:
         """Median seconds of a call after a warm-up, by the device's own clock where it has one."""
         call()
@@ -73,7 +83,7 @@ def run_part(name: str, smoke: bool, commit: str) -> Record:
         "memory": battery_model.memory,
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = Run(device, size_name(smoke) == "smoke")
+    run = Run(device, size_name(smoke) == "smoke", time.monotonic() + ENOUGH * PARTS[name])
     with torch.no_grad():
         parts[name](run)
     return Record(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
-from math import inf
+from math import inf, log
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from step1x.bench.battery import Run
 from step1x.kernels.aot import modules
-from step1x.kernels.launch import Op
+from step1x.kernels.attention import joined
+from step1x.kernels.attention_backends import available, choose
+from step1x.kernels.launch import Example, Op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +26,9 @@ WIDTHS = {
     "full": {"qkv": (3072, 9216), "mlp": (3072, 12288), "linear1": (3072, 21504), "linear2": (15360, 3072)},
     "smoke": {"linear1": (192, 1344)},
 }
-ATTENTION = {"full": (24, 128, (2688, 5248, 8832)), "smoke": (6, 32, (112,))}  # heads, head_dim, rows
+# Heads, head_dim, and rows of text and image at 512, 768 and 1024, padding collapsed.
+ATTENTION = {"full": (24, 128, (2400, 4960, 8544)), "smoke": (6, 32, (112,))}
+TEXT_ROWS = {"full": 352, "smoke": 48}
 COPY_BYTES = {"full": 1 << 30, "smoke": 1 << 22}
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -33,6 +37,8 @@ BACKENDS = {
 }
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative error against float32
 FP8_BOUND = 5e-2  # two operands with three bits of mantissa
+EIGHT_BIT = ("sage", "fp8")  # attention backends that round q, k, v or the weights to 8 bits
+EIGHT_BIT_BOUND = 0.1
 
 
 def kernels(run: Run) -> None:
@@ -43,8 +49,12 @@ def kernels(run: Run) -> None:
     heads, head_dim, lengths = ATTENTION[size]
     for length in lengths:
         _attention(run, (2, heads, length, head_dim))
-    checked = check_kernels(run, our_kernels())
-    run.notes["kernels"] = f"{checked} of ours checked" if checked else "there are none of ours yet"
+        _backends(run, (2, heads, length, head_dim), TEXT_ROWS[size])
+    ops = our_kernels()
+    run.notes["kernels"] = f"{check_kernels(run, ops)} of ours checked"
+    for name, arguments in at_full_size(run, heads, head_dim, lengths[-1], TEXT_ROWS[size]):
+        if not run.late(f"kernel {name} against its compiled reference"):
+            _against_reference(run, next(op for op in ops if op.name == name), arguments)
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -119,6 +129,59 @@ def _attention(run: Run, shape: tuple[int, int, int, int]) -> None:
             continue
         require(f"attention {name} of {rows} rows", relative_error(out[:, :, few], exact), BOUND[run.dtype])
         run.put(f"ceiling.attention_{name}_{rows}", flops / seconds, "FLOP/s", "info", higher=True)
+
+
+def _backends(run: Run, shape: tuple[int, int, int, int], texts: int) -> None:
+    """Who computes attention with collapsed padding fastest (kernels/attention_backends.py)."""
+    q, k, v = (torch.randn(shape, device=run.device, dtype=run.dtype) for _ in range(3))
+    batch, heads, rows, head_dim = shape
+    bias, biased = torch.zeros(batch, rows, device=run.device), slice(texts - 2, texts)
+    bias[:, biased] = log(145.0)
+    few = slice(0, 64)  # queries that are checked, all heads
+    scores = q[:, :, few].float() @ k.float().transpose(2, 3) * head_dim**-0.5 + bias[:, None, None]
+    exact = joined(scores.softmax(-1) @ v.float())
+    for name in available(run.device):
+        attend = choose(name, run.device, biased)
+        bound = EIGHT_BIT_BOUND if name in EIGHT_BIT else BOUND[run.dtype]
+        require(f"attention {name} of {rows} rows", relative_error(attend(q, k, v, bias)[:, few], exact), bound)
+        seconds = run.seconds(partial(attend, q, k, v, bias))
+        run.put(f"attention.{rows}.{name}.seconds", seconds, "s", "stage")
+        rate = 4 * batch * heads * head_dim * rows**2 / seconds
+        run.put(f"attention.{rows}.{name}.rate", rate, "FLOP/s", "info", higher=True)
+
+
+def at_full_size(run: Run, heads: int, head_dim: int, rows: int, texts: int) -> "Iterator[tuple[str, Example]]":
+    """Arguments of the operations that move memory, as both branches of a step give them; rows: text and image."""
+    width = heads * head_dim
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=run.device, dtype=run.dtype)
+
+    vectors = [normal(2, 1, width) for _ in range(3)]
+    x, y = normal(2, rows, width), normal(2, rows, width)
+    for kind in ("", "_fp8"):
+        yield f"gated_residual_adaln{kind}", (x, vectors[0], y, False, *vectors[1:], True)
+        yield f"adaln{kind}", (x, *vectors[:2], True)
+    yield "gated_residual", (x, vectors[0], y, False)
+    for name in ("gelu_join", "gelu_quant"):
+        yield name, (x, normal(2, rows, 4 * width))
+    table = torch.rand(2, 1, 1, rows, head_dim // 2, device=run.device)
+    qkv = normal(2, rows - texts, 3 * width), normal(2, texts, 3 * width)
+    yield "qk_norm_rope", (*qkv, normal(2, head_dim), normal(2, head_dim), *table, heads)
+    targets = (rows - texts) // 2
+    yield "cfg_step", (normal(1, targets, 64), normal(2, targets, 64), 6.0, -0.03, True, "pure")
+
+
+def _against_reference(run: Run, op: Op, arguments: Example) -> None:
+    """A kernel against its compiled reference, and the bandwidth of both against a copy's."""
+    torch._dynamo.reset()
+    compiled = torch.compile(op.reference, dynamic=False, backend="aot_eager" if run.smoke else "inductor")
+    ours, reference = (run.seconds(partial(call, *arguments)) for call in (op.call, compiled))
+    given = [one for one in (*arguments, *tensors(op.call(*arguments))) if isinstance(one, Tensor)]
+    copied = run.metrics["ceiling.copy"].value * ours
+    run.put(f"kernel.{op.name}.at_full_size", ours, "s", "stage")
+    run.put(f"kernel.{op.name}.times_compiled", reference / ours, "", "info", higher=True)
+    run.put(f"kernel.{op.name}.of_copy", sum(one.nbytes for one in given) / copied, "", "info", higher=True)
 
 
 def our_kernels() -> list[Op]:

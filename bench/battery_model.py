@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from step1x.bench import formula, full
+from step1x.bench import full
 from step1x.bench.battery import Run
 from step1x.bench.ceilings import gemm_rate
 from step1x.bench.counters import photograph
+from step1x.bench.counting import flop_counter
 from step1x.bench.measure import edit_and_save, timings
 from step1x.engine import Engine, released, sizes
+from step1x.engine.algebra import OFF, ON
 from step1x.engine.dit import DiT, DiTConfig
+from step1x.engine.executor import Execution, stepper
 from step1x.engine.folder import locate
 from step1x.engine.image import Canvas, image_ids
 from step1x.profiles import load_profile, profile_names
@@ -55,29 +58,37 @@ def compile_blocks(run: Run, blocks: Iterable[nn.Module]) -> None:
         block.compile(dynamic=True, backend="aot_eager" if run.smoke else "inductor")
 
 
+# How a step is run, in the order of worth: its algebra, and what runs it.
+MODES = {
+    "compiled_kernels": (ON, Execution(kernels="on", compiled=True)),
+    "kernels": (ON, Execution(kernels="on")),
+    "exact": (ON, Execution(kernels="off")),
+    "compiled": (ON, Execution(kernels="off", compiled=True)),
+    "plain": (OFF, Execution(kernels="off")),
+}
+
+
 def dit(run: Run) -> None:
-    """One forward with both guidance branches, eager and compiled: seconds, rate, ratio to the floor, memory."""
+    """A step of both guidance branches, run in every way: seconds, rate, ratio to the floor of its FLOPs, memory."""
     model = full.hollow_dit(_config(run))
     full.fill(model, full.random(run.device), run.dtype)
     rate = gemm_rate(run.device, run.dtype)
     run.put("dit.ceiling", rate, "FLOP/s", "info", higher=True)
-    for mode in ("eager", "compiled"):
-        if mode == "compiled":
-            compile_blocks(run, (*model.double_blocks, *model.single_blocks))
-        for side in _sizes(run):
-            _forward(run, model, f"dit.{side}.{mode}", Canvas(side, side), rate)
+    for mode in MODES:
+        for side in sorted(_sizes(run), reverse=True):
+            if not run.late(f"dit {mode} {side}"):
+                _step(run, model, mode, side, rate)
 
 
-def _forward(run: Run, model: DiT, name: str, canvas: Canvas, rate: float) -> None:
-    given = full.inputs(canvas, 2, run.dtype, run.device, model.config)
-    request = model.prepare(given.text)
-    rope = model.rope(given.text_ids, image_ids(canvas.grid, full.VARIANT.reference_ids).to(run.device))
-
-    def step() -> Tensor:
-        return model.denoise(given.tokens, model.condition(request, given.timestep), rope)
-
-    seconds = run.seconds(step)
-    flops = formula.dit(model.config, 2 * canvas.tokens, given.text.tokens.shape[1], batch=2)
+def _step(run: Run, model: DiT, mode: str, side: int, rate: float) -> None:
+    algebra, execution = MODES[mode]
+    torch._dynamo.reset()
+    # A smoke run stops before the code generator, which takes minutes on a CPU.
+    runner = stepper(model, execution, "aot_eager" if run.smoke else "inductor")
+    with flop_counter() as counter:
+        full.step(model, Canvas(side, side), algebra, stepper(model, MODES["exact"][1]))()
+    seconds, flops = run.seconds(full.step(model, Canvas(side, side), algebra, runner)), counter.get_total_flops()
+    name = f"dit.{side}.{mode}"
     run.put(f"{name}.seconds", seconds, "s", "step")
     run.put(f"{name}.rate", flops / seconds, "FLOP/s", "info", higher=True)
     run.put(f"{name}.times_floor", seconds * rate / flops, "", "info")

@@ -25,7 +25,6 @@ from step1x.bench.pretend import Pretend
 from step1x.bench.record import Metric, Record, counts, place
 from step1x.engine import Engine, released
 from step1x.engine.algebra import OFF, ON, Algebra
-from step1x.engine.denoise import Runner, branches, folded, velocities
 from step1x.engine.dit import DiT, Text
 from step1x.engine.executor import Execution
 from step1x.engine.fused import Fused
@@ -43,7 +42,6 @@ STEPS = 4
 SIZE = 128  # level of the bundled checkpoint's edit
 GUIDANCE = 2.0
 GRID = (18, 18)  # merged cells that the vision tower sees of a square picture at the released limits (model.md §1.5)
-VALID_ROWS = (349, 331)  # conditional and unconditional text: 324 of the picture, an instruction, the chat's end
 TEXT_TOKENS = 560  # of the language model: template, picture and a short instruction (model.md §3.13)
 # Twenty canvases in the order in which an edit service might meet them, at two batch sizes.
 SWEEP = tuple(Canvas(16 * (4 + i % 5), 16 * (4 + i // 5)) for i in range(20))
@@ -230,18 +228,10 @@ def full_size(canvases: Sequence[Canvas] = full.CANVASES) -> Metrics:
 
 
 def one_step(dit: DiT, canvas: Canvas, algebra: Algebra) -> _Stretch:
-    """A step of both guidance branches in one batch, all that is made before the loop left out."""
-    groups = [[full.instruction(valid, dit.dtype)] for valid in VALID_ROWS]
-    runner = Runner(Fused(dit).velocity) if algebra.fuse else None
-    ids = image_ids(canvas.grid, full.VARIANT.reference_ids)
-    forwards, time = branches(dit, groups, ids, True, algebra, runner), torch.ones(1)
-    if algebra.fold:
-        forwards = folded(dit, forwards, [time])
-    shown = torch.zeros(1, canvas.tokens, dit.config.hidden_size, dtype=dit.dtype)
-    latents = torch.zeros(1, canvas.tokens, dit.config.in_channels, dtype=dit.dtype)
+    """`full.step`, counted."""
+    run = full.step(dit, canvas, algebra)
     with _Stretch() as stretch:
-        img = torch.cat((dit.img_in(latents), shown), dim=1)
-        velocities(dit, forwards, img, 0, time, canvas.tokens if algebra.prune else None)
+        run()
     return stretch
 
 

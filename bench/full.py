@@ -4,16 +4,18 @@ Filled with fake tensors they are counted (counters.py), with random ones on a G
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from step1x.engine import Engine, released
+from step1x.engine.algebra import Algebra
+from step1x.engine.denoise import Runner, branches, folded, velocities
 from step1x.engine.dit import DiT, DiTConfig, Text
 from step1x.engine.folder import locate
-from step1x.engine.image import Canvas
+from step1x.engine.fused import Fused
+from step1x.engine.image import Canvas, image_ids
 from step1x.engine.qwen import compute_frequencies, load_image_processor, load_tokenizer, read_config
 from step1x.engine.text import Conditioner, Conditioning
 from step1x.engine.vae import VAE
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 VERSION = "v1.1"
 VARIANT = VARIANTS["official-v1.1"]
 CANVASES = (Canvas(512, 512), Canvas(768, 768), Canvas(1024, 1024), Canvas(832, 1248))
+VALID_ROWS = (349, 331)  # conditional and unconditional text: 324 of the picture, an instruction, the chat's end
 VISION_WINDOW = 4  # merged cells on a side of a window of the vision tower: 112 px of 28 (model.md §1)
 
 Make = Callable[[torch.Size, torch.dtype], Tensor]
@@ -86,40 +89,31 @@ def engine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Engine:
     return Engine(Components(variant=VARIANT, dit=dit, vae=vae, conditioner=conditioner, name="random-v1.1", digest=""))
 
 
-def instruction(valid: int, dtype: torch.dtype) -> Conditioning:
+def instruction(valid: int, dit: DiT) -> Conditioning:
     """An encoded instruction of so many valid rows, padded as the released presets pad it."""
-    rows = VARIANT.text_tokens
-    tokens = torch.zeros(1, rows, released.dit_config(VERSION).connector.in_channels, dtype=dtype)
-    mask = (torch.arange(rows) < valid).long()[None]
+    rows, device = VARIANT.text_tokens, dit.device
+    tokens = torch.zeros(1, rows, dit.config.connector.in_channels, dtype=dit.dtype, device=device)
+    mask = (torch.arange(rows, device=device) < valid).long()[None]
     return Conditioning(Text(tokens, mask), torch.zeros(1, rows, 3), valid)
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What one step of the transformer takes."""
+def step(dit: DiT, canvas: Canvas, algebra: Algebra, runner: Runner | None = None) -> Callable[[], Tensor]:
+    """A step of both guidance branches in one batch, as a call; all that is made before the loop is made here.
 
-    text: Text
-    text_ids: Tensor  # (1, T, 3)
-    tokens: Tensor  # (batch, 2 * target tokens, channels)
-    timestep: Tensor  # (batch,)
-
-
-def inputs(
-    canvas: Canvas,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    config: DiTConfig | None = None,
-) -> Inputs:
-    """Random values of the shapes of `batch` rows at a size; text is padded as the released presets pad it.
-
-    config: of another transformer than the released one.
+    runner: for `algebra.fuse`, by default the fused operations as they are.
     """
-    config, rows = config or released.dit_config(VERSION), VARIANT.text_tokens
-    tokens = torch.randn(batch, rows, config.connector.in_channels, dtype=dtype, device=device)
-    return Inputs(
-        text=Text(tokens, torch.ones(batch, rows, dtype=torch.long, device=device)),
-        text_ids=torch.zeros(1, rows, 3, device=device),
-        tokens=torch.randn(batch, 2 * canvas.tokens, config.in_channels, dtype=dtype, device=device),
-        timestep=torch.full((batch,), 0.5, device=device),
-    )
+    groups = [[instruction(valid, dit)] for valid in VALID_ROWS]
+    runner = (runner or Runner(Fused(dit).velocity)) if algebra.fuse else None
+    ids = image_ids(canvas.grid, VARIANT.reference_ids)
+    forwards, time = branches(dit, groups, ids, True, algebra, runner), torch.ones(1, device=dit.device)
+    if algebra.fold:
+        forwards = folded(dit, forwards, [time])
+    place = {"dtype": dit.dtype, "device": dit.device}
+    img = torch.zeros(1, 2 * canvas.tokens, dit.config.hidden_size, **place)  # type: ignore[call-overload]
+    latents = torch.zeros(1, canvas.tokens, dit.config.in_channels, **place)  # type: ignore[call-overload]
+
+    def run() -> Tensor:
+        img[:, : canvas.tokens] = dit.img_in(latents)
+        return velocities(dit, forwards, img, 0, time, canvas.tokens if algebra.prune else None)
+
+    return run

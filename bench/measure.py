@@ -48,7 +48,7 @@ def measure(settings: Settings) -> Record:
 
     Raises InputError for bad settings.
     """
-    engine = Engine.load(settings.model, profile=settings.profile, device=settings.device)
+    engine = Engine.load(settings.model, profile=settings.profile, device=settings.device, cache=False)
     side = settings.size or engine.variant.size
     source = photograph(max(side, PICTURE), max(side, PICTURE))
 

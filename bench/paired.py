@@ -117,7 +117,7 @@ def _worker(tree: Path) -> Iterator[_Worker]:
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": folder},  # nothing kept by an earlier process
         )
         try:
             yield _Worker(process)

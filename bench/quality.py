@@ -171,7 +171,7 @@ def main(  # noqa: PLR0913
     json_path: Path | None,
     sheet_path: Path | None,
 ) -> None:
-    engine = Engine.load(model)
+    engine = Engine.load(model, cache=False)
     loaded = load_photos(photos, size)
     random = np.random.default_rng(seed)
     scores: list[Score] = []

@@ -140,6 +140,7 @@ class Job:
     attention: str | None
     compiled: bool | None
     device: str | None
+    no_cache: bool
     force: bool
     no_metadata: bool
     as_json: bool
@@ -185,6 +186,7 @@ class Job:
 @click.option("--attention", type=click.Choice(ATTENTION), metavar="NAME", help=ATTENTION_HELP)
 @click.option("--compile/--no-compile", "compiled", default=None, help=COMPILE_HELP)
 @click.option("--device", type=DeviceName(), metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--no-cache", is_flag=True, help="Neither use nor keep embeddings of pictures and instructions.")
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @click.option("--no-metadata", is_flag=True, help="Leave instruction, seed and settings out of the PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result's path, seed and timings as JSON.")
@@ -235,6 +237,7 @@ def _run(job: Job, picture: "Picture") -> "Edit":
 
     with Progress(terminal(job.quiet)) as progress:
         progress.stage("load")
+        from step1x.engine.embeddings import EmbeddingCache
         from step1x.engine.pipeline import Engine
 
         engine = Engine.load(
@@ -243,6 +246,7 @@ def _run(job: Job, picture: "Picture") -> "Edit":
             device=job.device,
             variant=job.variant,
             fix_quotes=job.fix_quotes,
+            cache=not job.no_cache and EmbeddingCache(say=lambda line: click.echo(f"note: {line}", err=True)),
             kernels=job.kernels,
             attention=job.attention,
             compiled=job.compiled,
@@ -334,6 +338,41 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps({**dataclasses.asdict(machine), "profiles": profiles}, indent=2))
     else:
         click.echo(report(machine))
+
+
+@program.group()
+def cache() -> None:
+    """What is kept between runs: embeddings and compiled code."""
+
+
+@cache.command("info", epilog=EXIT_CODES)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@debug_option
+def cache_info(as_json: bool) -> None:
+    """Say where it is and how much it is."""
+    from step1x.engine.caches import cache_folder, files
+
+    found = {kind: files(cache_folder() / kind) for kind in ("embeddings", "compiled")}
+    facts = {kind: {"files": len(all_of), "bytes": sum(all_of.values())} for kind, all_of in found.items()}
+    if as_json:
+        click.echo(json.dumps({"folder": str(cache_folder()), **facts}))
+    else:
+        click.echo(cache_folder())
+        for kind, fact in facts.items():
+            click.echo(f"{kind}: {fact['files']} files, {fact['bytes'] / 1e6:.1f} MB")
+
+
+@cache.command("clear", epilog=EXIT_CODES)
+@debug_option
+def cache_clear() -> None:
+    """Remove it. What is needed is made again."""
+    from step1x.engine.caches import cache_folder, files, remove
+
+    folders = [cache_folder() / kind for kind in ("embeddings", "compiled")]
+    size = sum(sum(files(folder).values()) for folder in folders)
+    for folder in folders:
+        remove(folder)
+    click.echo(f"removed {size / 1e6:.1f} MB", err=True)
 
 
 program.add_command(bench)

@@ -7,20 +7,19 @@ up to `TEXT_BUCKET`, so that instructions of different lengths meet the same gra
 
 import logging
 import os
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from step1x.engine.caches import cache_folder, make_private
 from step1x.engine.denoise import Runner
-from step1x.engine.dit import Rope, Step
+from step1x.engine.dit import DiT, Rope, Step
 from step1x.engine.errors import InputError
 from step1x.engine.fused import Fused
 from step1x.engine.vae import VAE
@@ -75,20 +74,29 @@ DEFAULT = Execution()
 
 
 def prepared(components: Components, execution: Execution) -> Runner:
-    """What runs the steps of a model.
+    """What runs the steps of a model; its autoencoder is set to run as `execution` says, too.
 
     Raises InputError for an attention backend that is not there.
     """
-    dit, device = components.dit, components.dit.device
+    components.vae.strip_pixels = execution.strip_pixels
+    if execution.compiled:
+        keep_compiled()
+        compile_vae(components.vae)
+    return stepper(components.dit, execution)
+
+
+def stepper(dit: DiT, execution: Execution, backend: str = "inductor") -> Runner:
+    """What runs the steps of a transformer. backend: of torch.compile.
+
+    Raises InputError for an attention backend that is not there.
+    """
+    device = dit.device
     execution.attend(device, None)  # a name that is not there is an error now, not in the first edit
     fused = Fused(dit, partial(execution.operation, device=device), partial(execution.attend, device))
     cfg_step = execution.operation(cfg_step_op, device)
-    components.vae.strip_pixels = execution.strip_pixels
     if not execution.compiled:
         return Runner(fused.velocity, cfg_step)
-    keep_compiled()
-    compile_blocks(fused)
-    compile_vae(components.vae)
+    compile_blocks(fused, backend)
     velocity = Replay(fused.velocity) if device.type == "cuda" else fused.velocity
     return Runner(velocity, cfg_step, TEXT_BUCKET)
 
@@ -182,7 +190,7 @@ def assembled(given: Sequence[Tensor], like: Step) -> tuple[Tensor, Step, Rope]:
 
 
 def keep_compiled() -> None:
-    """Lets the compiler keep what it makes in `cache_folder`, so that the next process starts warm.
+    """Lets the compiler keep what it makes in the user's cache, so that the next process starts warm.
 
     Code found there is run, so a folder that anyone else may write to is not used. Where TORCHINDUCTOR_CACHE_DIR says
     where to keep it, that holds.
@@ -192,20 +200,10 @@ def keep_compiled() -> None:
     # Importing the compiler sets the variable to a folder of the temporary ones.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
         return
-    folder = cache_folder()
+    folder = cache_folder() / "compiled"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        facts = folder.stat()
+        make_private(folder)
     except OSError as error:  # a full or read-only disk costs the next start its warmth, not this edit
         log.warning("compiled code is not kept: %s: %s", folder, error.strerror)
         return
-    if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o022:
-        log.warning("compiled code is not kept: others may write to %s", folder)
-        return
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-
-
-def cache_folder() -> Path:
-    """Where compiled code is kept: XDG_CACHE_HOME or ~/.cache, as the XDG base directory specification has it."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "step1x-engine" / "compiled"

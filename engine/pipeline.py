@@ -14,6 +14,7 @@ from torch import Tensor
 from step1x.engine import image as pictures
 from step1x.engine.algebra import OFF, ON, Algebra
 from step1x.engine.denoise import Guidance, branches, denoise
+from step1x.engine.embeddings import CachedConditioner, EmbeddingCache
 from step1x.engine.errors import InputError
 from step1x.engine.executor import DEFAULT, Execution, prepared
 from step1x.engine.image import Canvas
@@ -28,7 +29,7 @@ from step1x.profiles import default_profile, load_profile
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from step1x.engine.text import Conditioning
+    from step1x.engine.text import Conditioner, Conditioning
 
 Posterior = Literal["sample", "mean"]
 MAX_SEED = 2**63 - 1
@@ -39,6 +40,7 @@ LOADING = (
     "dtype",
     "variant",
     "fix_quotes",
+    "cache",
     *Execution.__dataclass_fields__,
 )  # keywords of Engine.load
 
@@ -114,11 +116,16 @@ class Noise:
 class Engine:
     """A loaded model. Calls share nothing but its weights, so threads may use one engine or several at a time."""
 
-    def __init__(self, components: Components, execution: Execution = DEFAULT) -> None:
+    def __init__(
+        self, components: Components, execution: Execution = DEFAULT, cache: EmbeddingCache | None = None
+    ) -> None:
+        """cache: of embeddings (engine/embeddings.py)."""
         self.variant = components.variant
         self.dit = components.dit
         self.vae = components.vae
-        self.conditioner = components.conditioner
+        self.conditioner: Conditioner | CachedConditioner = components.conditioner
+        if cache is not None and components.text_digest:
+            self.conditioner = CachedConditioner(components.conditioner, cache, components.text_digest)
         self.name = components.name
         self.digest = components.digest
         self._runner = prepared(components, execution)
@@ -133,6 +140,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         variant: str | None = None,
         fix_quotes: bool = False,
+        cache: EmbeddingCache | bool = True,
         **execution: object,
     ) -> Self:
         """Load `model`: a folder in the official or the diffusers layout, a Hub id, or None for the bundled one.
@@ -140,7 +148,8 @@ class Engine:
         profile: device and dtypes by name or .toml file (default: bf16-80gb with CUDA, else cpu); `device` and
         `dtype` override it. variant: a parity preset such as "official-v1.1" (default: the weights' own).
         fix_quotes: keep an apostrophe or a lone quote from opening a quotation, which the released programs let
-        it do, to the instruction's harm (§1.4). execution: the fields of `Execution`, kernels, attention, compiled,
+        it do, to the instruction's harm (§1.4). cache: of embeddings; True is the
+        user's own, on disk (engine/embeddings.py). execution: the fields of `Execution`, kernels, attention, compiled,
         strip_pixels (default: the profile's). Raises InputError for anything wrong with the arguments or the files.
         """
         cuda = torch.cuda.is_available()
@@ -161,7 +170,8 @@ class Engine:
         )
         given = {name: value for name, value in execution.items() if value is not None}
         own = {field.name: getattr(settings, field.name) for field in fields(Execution)}
-        return cls(components, chosen(Execution, {**own, **given}))
+        kept = (EmbeddingCache() if cache else None) if isinstance(cache, bool) else cache
+        return cls(components, chosen(Execution, {**own, **given}), kept)
 
     @property
     def device(self) -> torch.device:

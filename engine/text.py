@@ -62,11 +62,21 @@ class Conditioner:
         """
         self.model = model
         self.tokens = Tokens(tokenizer, variant, fix_quotes=fix_quotes)
+        self.variant = variant
+        self.settings = f"{variant!r} fix_quotes={fix_quotes}"
         self._image_processor = image_processor
-        self._variant = variant
         # Both are replaced whole and never changed, so threads may share them.
-        self._seen: _Seen | None = None
+        self._seen: Seen | None = None
         self._readings: tuple[Reading, ...] = ()
+
+    @property
+    def known(self) -> "tuple[Seen | None, tuple[Reading, ...]]":
+        """The picture encoded last, and the beginnings of its strings."""
+        return self._seen, self._readings
+
+    def recall(self, seen: "Seen", readings: tuple[Reading, ...]) -> None:
+        """Takes what was `known` before, in this process or another with the same weights and settings."""
+        self._seen, self._readings = seen, readings
 
     def tokenise(self, instruction: str, image_tokens: int) -> list[int]:
         """Ids of the whole chat string, template included, before anything is cut."""
@@ -86,9 +96,9 @@ class Conditioner:
         seen = self._see(image, share)
         return [self._read(prompt, seen, share) for prompt in prompts]
 
-    def _see(self, image: "Image", share: bool) -> "_Seen":
+    def _see(self, image: "Image", share: bool) -> "Seen":
         """The vision tower's output for a picture (§1.5)."""
-        digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode()).digest()
+        digest = digest_of(image)
         last = self._seen if share else None
         if last is not None and last.digest == digest and last.features.device == self.model.device:
             return last
@@ -96,7 +106,7 @@ class Conditioner:
         merge = self.model.config.vision_config.spatial_merge_size
         shape = torch.tensor([[1, grid.rows * merge, grid.columns * merge]], device=self.model.device)
         features = self.model.visual(patches.to(self.model.device), grid_thw=shape).pooler_output
-        seen = _Seen(digest, features, grid)
+        seen = Seen(digest, features, grid)
         if share:
             self._seen = seen
         return seen
@@ -108,7 +118,7 @@ class Conditioner:
         """
         from PIL.Image import Resampling
 
-        variant = self._variant
+        variant = self.variant
         vision = self.model.config.vision_config
         factor = vision.patch_size * vision.spatial_merge_size
         picture = image
@@ -120,8 +130,8 @@ class Conditioner:
         grid = Grid(height // factor, width // factor, factor, *image.size)
         return pixels, grid
 
-    def _read(self, prompt: str, seen: "_Seen", share: bool) -> Conditioning:
-        variant, grid = self._variant, seen.grid
+    def _read(self, prompt: str, seen: "Seen", share: bool) -> Conditioning:
+        variant, grid = self.variant, seen.grid
         tokens = self.tokens.tokenise(prompt, grid.rows * grid.columns)
         # Attention is causal: what lies behind the last kept row cannot reach it, so it is not computed.
         kept = slice(variant.template_tokens, variant.template_tokens + variant.text_tokens)
@@ -151,7 +161,7 @@ class Conditioner:
         pad = self.tokens.image_pad
         read, known = Reading([], b"", embeds[:0], []), self._readings
         made = []
-        for index, stop in enumerate(stops(ids, self._variant.template_tokens, pad, self._variant.image_first)):
+        for index, stop in enumerate(stops(ids, self.variant.template_tokens, pad, self.variant.image_first)):
             start, some = len(read.ids), ids[:stop]
             shown = picture if pad in some else b""
             if index < len(known) and known[index].begins(some, shown, embeds):
@@ -175,7 +185,7 @@ class Conditioner:
 
         # §1.4: v1.0 and v1.1 mask what has id 0 (`!`); v1.2 uses that mask for the positions only.
         mask = None
-        if self._variant.quote_rule == "toggle":
+        if self.variant.quote_rule == "toggle":
             mask = torch.tensor([[int(token > 0) for token in ids]], device=embeds.device)
         cache = None if past is None else DynamicCache(past or None)
         hidden = self.model.language_model(
@@ -189,7 +199,7 @@ class Conditioner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """A picture as the vision tower left it."""
 
     digest: bytes
@@ -220,6 +230,11 @@ def load_conditioner(
         )
     model = load_model(text_encoder, device, dtype)  # last: it takes the longest
     return Conditioner(model, tokenizer, image_processor, variant, fix_quotes=fix_quotes)
+
+
+def digest_of(image: "Image") -> bytes:
+    """Of an RGB picture's pixels and size."""
+    return hashlib.blake2b(image.tobytes() + repr(image.size).encode()).digest()
 
 
 def black_picture() -> "Image":

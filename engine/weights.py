@@ -5,8 +5,10 @@ their device and dtype, fused tensors (qkv, linear1) part by part into their row
 more than the module and one tensor.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,7 @@ class Components:
     conditioner: "Conditioner"
     name: str  # of the folder, or ORG/NAME@COMMIT
     digest: str  # of the files' names, sizes, headers and samples of their data
+    text_digest: Callable[[], str] | None = None  # of the text model's files, with tokenizer and settings
 
 
 def load(
@@ -73,7 +76,18 @@ def load(
         conditioner=load_conditioner(text, processor, row, device, dtype, fix_quotes=fix_quotes),
         name=folder.name,
         digest=digest([*folder.dit.files, *vae_files.files, *text_files]),
+        text_digest=partial(text_digest, text_files, text, processor),
     )
+
+
+def text_digest(files: Sequence[Path], *folders: Path) -> str:
+    """Digest of a text model: of its weights, as `digest` has it, and of configs and vocabularies in its folders."""
+    found = hashlib.sha256(digest(files).encode())
+    for folder in folders:
+        for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.txt")):
+            found.update(f"{file.name} {file.stat().st_size} ".encode())
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def _check_fit(folder: ModelFolder, vae: Checkpoint, text: Checkpoint) -> None:

@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Qwen2VLImageProcessorPil
 
 from step1x.engine.dit import DiT, Rope, Step, Text
 from step1x.engine.image import image_ids
+from step1x.engine.text import Conditioner
+from step1x.engine.variants import Variant
 from step1x.training.recipe import dit_config
+from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 OFFICIAL_FILES = {
@@ -96,5 +100,30 @@ def step_arguments() -> Callable[..., tuple[Tensor, Step, Rope]]:
         step = dit.condition(dit.prepare(text), torch.full((batch,), 0.4, dtype=dit.dtype))
         rope = dit.rope(torch.zeros(1, texts, 3), image_ids(grid, (1, 1, 1)))
         return random(batch, 2 * grid[0] * grid[1], dit.config.hidden_size), step, rope
+
+    return make
+
+
+@pytest.fixture
+def small_conditioner() -> Callable[[Variant], Conditioner]:
+    """Makes a random text model of width 32 in float64 for a variant, with a vocabulary of a few words."""
+
+    def make(row: Variant) -> Conditioner:
+        tokenizer = train_tokenizer(["make it snow", "remove the red circle", row.prefix] * 4, 400)
+        torch.manual_seed(0)
+        sizes = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 48}
+        vision = {"vision_hidden": 16, "vision_depth": 2, "vision_heads": 2, "vision_intermediate": 24}
+        model = small_text_model(tokenizer, **sizes, **vision).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.3)
+        row = replace(
+            row,
+            template_tokens=count_template_tokens(tokenizer, row.prefix),
+            text_tokens=80,
+            min_pixels=4 * 28**2,
+            max_pixels=24 * 28**2,
+        )
+        pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 1, "longest_edge": 1})
+        return Conditioner(model.double(), tokenizer, pictures, row)
 
     return make

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from step1x.engine.caches import cache_folder
 from step1x.engine.dit import DiT
-from step1x.engine.executor import Replay, assembled, cache_folder, compile_blocks, keep_compiled, leaves
+from step1x.engine.executor import Replay, assembled, compile_blocks, keep_compiled, leaves
 from step1x.engine.fused import Fused
 
 COUNT = 12  # image rows of `step_arguments`
@@ -76,10 +77,10 @@ def test_replayed_graphs(small_dit: Build, step_arguments: Arguments) -> None:
 
 def test_a_cache_folder_of_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "step1x-engine" / "compiled"
+    assert cache_folder() == tmp_path / "step1x-engine"
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert cache_folder() == Path.home() / ".cache" / "step1x-engine" / "compiled"
+        assert cache_folder() == Path.home() / ".cache" / "step1x-engine"
 
 
 def test_a_cache_that_others_could_have_written_is_not_used(
@@ -87,13 +88,14 @@ def test_a_cache_that_others_could_have_written_is_not_used(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
-    cache_folder().mkdir(parents=True)
-    cache_folder().chmod(0o770)
+    folder = cache_folder() / "compiled"
+    folder.mkdir(parents=True)
+    folder.chmod(0o770)
     keep_compiled()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
     assert "others may write to" in caplog.text
-    cache_folder().rmdir()
-    cache_folder().write_text("no folder")
+    folder.rmdir()
+    folder.write_text("no folder")
     keep_compiled()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
     assert "compiled code is not kept" in caplog.text.splitlines()[-1]

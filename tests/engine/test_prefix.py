@@ -1,7 +1,7 @@
 """Beginnings of token strings: when one is gone on from, where the pieces end; sharing them changes nothing."""
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,15 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil
 
 from step1x.engine.prefix import Reading, stops
 from step1x.engine.text import Conditioner
 from step1x.engine.variants import DIFFUSERS_V11, DIFFUSERS_V12, Variant
-from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
 
 PICTURE = 9
-TOKENIZER = train_tokenizer(["make it snow", "remove the red circle", DIFFUSERS_V11.prefix] * 4, 400)
+Build = Callable[[Variant], Conditioner]
 PROMPTS = ["make it snow", "", "remove the red circle!"]
 
 
@@ -42,31 +40,13 @@ def test_what_goes_on_from_a_reading() -> None:
     assert not kept.begins([1, 2], b"a", like.to("meta"))
 
 
-def conditioner(row: Variant) -> Conditioner:
-    torch.manual_seed(0)
-    sizes = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 48}
-    vision = {"vision_hidden": 16, "vision_depth": 2, "vision_heads": 2, "vision_intermediate": 24}
-    model = small_text_model(TOKENIZER, **sizes, **vision).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.3)
-    row = replace(
-        row,
-        template_tokens=count_template_tokens(TOKENIZER, row.prefix),
-        text_tokens=80,
-        min_pixels=4 * 28**2,
-        max_pixels=24 * 28**2,
-    )
-    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 1, "longest_edge": 1})
-    return Conditioner(model.double(), TOKENIZER, pictures, row)
-
-
 def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 160, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("row", [DIFFUSERS_V11, DIFFUSERS_V12], ids=lambda row: row.version)
-def test_sharing_changes_nothing_in_float64(row: Variant) -> None:
-    encoder = conditioner(row)
+def test_sharing_changes_nothing_in_float64(small_conditioner: Build, row: Variant) -> None:
+    encoder = small_conditioner(row)
     worst = 0.0
     for shown in (picture(0), picture(0), picture(1)):
         plain = encoder.encode(shown, PROMPTS, share=False)
@@ -79,8 +59,8 @@ def test_sharing_changes_nothing_in_float64(row: Variant) -> None:
 
 
 @pytest.mark.parametrize("row", [DIFFUSERS_V11, DIFFUSERS_V12], ids=lambda row: row.version)
-def test_results_do_not_depend_on_what_was_read_before(row: Variant) -> None:
-    encoder = conditioner(row)
+def test_results_do_not_depend_on_what_was_read_before(small_conditioner: Build, row: Variant) -> None:
+    encoder = small_conditioner(row)
     fresh = copy.copy(encoder).encode(picture(0), PROMPTS[:1])[0]
     encoder.encode(picture(1), PROMPTS)
     encoder.encode(picture(0), PROMPTS[1:])
@@ -108,20 +88,20 @@ def tokens_read(encoder: Conditioner, shown: Image.Image, prompts: list[str]) ->
     return counts[0], counts[1]
 
 
-def test_template_and_picture_are_read_once() -> None:
-    encoder = conditioner(DIFFUSERS_V11)
+def test_template_and_picture_are_read_once(small_conditioner: Build) -> None:
+    encoder = small_conditioner(DIFFUSERS_V11)
     whole, seen = tokens_read(encoder, picture(0), PROMPTS[:1])
     assert seen == 1
     behind, seen = tokens_read(encoder, picture(0), PROMPTS[:1])
     assert (behind < 30, seen) == (True, 0)  # instruction and end of the chat
     other, seen = tokens_read(encoder, picture(1), PROMPTS[:1])
-    assert (whole - other, seen) == (encoder._variant.template_tokens, 1)
-    both, _ = tokens_read(conditioner(DIFFUSERS_V11), picture(0), ["make it snow", "make it snow"])
+    assert (whole - other, seen) == (encoder.variant.template_tokens, 1)
+    both, _ = tokens_read(small_conditioner(DIFFUSERS_V11), picture(0), ["make it snow", "make it snow"])
     assert both == whole + behind
 
 
-def test_a_model_that_was_moved_reads_again() -> None:
-    encoder = conditioner(DIFFUSERS_V11)
+def test_a_model_that_was_moved_reads_again(small_conditioner: Build) -> None:
+    encoder = small_conditioner(DIFFUSERS_V11)
     encoder.encode(picture(0), PROMPTS)
     encoder.model.float()
     rows = encoder.encode(picture(0), PROMPTS)[0].text.tokens
