@@ -4,6 +4,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,16 +98,25 @@ def _step(run: Run, model: DiT, mode: str, side: int, rate: float) -> None:
 
 def _engine(run: Run, dtype: torch.dtype) -> Engine:
     """The released model with random weights, or the bundled one."""
-    return Engine.load(device=str(run.device), dtype=dtype) if run.smoke else full.engine(run.device, dtype)
+    return (
+        Engine.load(device=str(run.device), dtype=dtype, cache=False) if run.smoke else full.engine(run.device, dtype)
+    )
 
 
 def e2e(run: Run) -> None:
     """Whole edits with guidance: stages, first and warm run, and how long the GPU waits between steps."""
     engine, steps = _engine(run, run.dtype), _steps(run)
+    pictures = count()  # each edit is of another one: what the text model read of a picture is kept
 
-    def edit(side: int, count: int, on_stage: Callable[[str], None] | None = None) -> "Edit":
+    def edit(side: int, steps: int, on_stage: Callable[[str], None] | None = None) -> "Edit":
         return edit_and_save(
-            engine, photograph(side, side), steps=count, guidance=GUIDANCE, size=side, seed=0, on_stage=on_stage
+            engine,
+            photograph(side, side, next(pictures)),
+            steps=steps,
+            guidance=GUIDANCE,
+            size=side,
+            seed=0,
+            on_stage=on_stage,
         )
 
     first = min(4, steps)
@@ -120,9 +130,9 @@ def e2e(run: Run) -> None:
     if run.device.type != "cuda":
         run.notes["gpu_idle"] = "not measured: no GPU"
         return
-    side, count = _sizes(run)[0], 4
-    busy, whole = busy_seconds(lambda on_stage: edit(side, count, on_stage))
-    run.put(f"e2e.{side}.gpu_idle_per_step", (whole - busy) / count, "s", "info")
+    side = _sizes(run)[0]
+    busy, whole = busy_seconds(lambda on_stage: edit(side, first, on_stage))
+    run.put(f"e2e.{side}.gpu_idle_per_step", (whole - busy) / first, "s", "info")
 
 
 def busy_seconds(edit: Callable[[Callable[[str], None]], object]) -> tuple[float, float]:

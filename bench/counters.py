@@ -48,13 +48,13 @@ SWEEP = tuple(Canvas(16 * (4 + i % 5), 16 * (4 + i // 5)) for i in range(20))
 BATCHES = (1, 2)
 
 
-def photograph(width: int = 96, height: int = 96) -> "Image":
-    """A picture to edit that needs no file: smooth colours with edges."""
+def photograph(width: int = 96, height: int = 96, moved: int = 0) -> "Image":
+    """A picture to edit that needs no file: smooth colours with edges. moved: another one for each number below 256."""
     import numpy as np
     from PIL import Image
 
     y, x = np.mgrid[0:height, 0:width]
-    channels = [x * 255 / width, y * 255 / height, 255 * ((x // 16 + y // 16) % 2)]
+    channels = [(x * 255 / width + moved) % 256, y * 255 / height, 255 * ((x // 16 + y // 16) % 2)]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 

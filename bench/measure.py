@@ -4,6 +4,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -50,9 +51,10 @@ def measure(settings: Settings) -> Record:
     """
     engine = Engine.load(settings.model, profile=settings.profile, device=settings.device, cache=False)
     side = settings.size or engine.variant.size
-    source = photograph(max(side, PICTURE), max(side, PICTURE))
+    pictures = count()  # each edit is of another one: what the text model read of a picture is kept
 
     def run() -> "Edit":
+        source = photograph(max(side, PICTURE), max(side, PICTURE), next(pictures))
         return edit_and_save(
             engine, source, steps=settings.steps, guidance=settings.guidance, size=settings.size, seed=0
         )

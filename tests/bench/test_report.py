@@ -15,7 +15,7 @@ def battery(size: str = "full") -> Record:
     for side in SIZES:
         metrics[f"e2e.{side}.edit"] = Metric(value=side / 100, unit="s", kind="end-to-end")
         metrics[f"e2e.{side}.peak_reserved"] = Metric(value=6e10, unit="B", kind="memory")
-        metrics[f"dit.{side}.eager.seconds"] = Metric(value=side / 1000, unit="s", kind="step")
+        metrics[f"dit.{side}.plain.seconds"] = Metric(value=side / 1000, unit="s", kind="step")
     here = place("NVIDIA H200").model_copy(update={"commit": "abcdef0123456789", "date": "2026-11-21T00:00:00+00:00"})
     return Record(suite="battery", place=here, profile="bf16-80gb", size=size, metrics=metrics)
 
@@ -28,7 +28,7 @@ def row(text: str, start: str) -> str:
 def test_nothing_measured_is_said_so() -> None:
     text = page([], PUBLISHED)
     assert row(text, "**ours, bf16**").count(NOT_YET) == 3
-    assert row(text, "ours, bf16, compiled").count(NOT_YET) == 3
+    assert row(text, "ours, bf16, plain").count(NOT_YET) == 3
     assert row(text, "official, bf16 |").split("|")[4].strip() == "22 (49.8 GB)"
     assert row(page([battery("smoke")], PUBLISHED), "**ours, bf16**").count(NOT_YET) == 3, (
         "a smoke run is no measurement"
@@ -40,7 +40,7 @@ def test_measured_figures_have_their_device_and_commit() -> None:
     line = row(text, "**ours, bf16**")
     assert "NVIDIA H200, commit abcdef012345, 2026-11-21" in line
     assert line.endswith("| 5.12 (60.0 GB) | 7.68 (60.0 GB) | 10.24 (60.0 GB) |")
-    assert "0.5120" in row(text, "ours, bf16, eager")
+    assert "0.5120" in row(text, "ours, bf16, plain")
     assert row(text, "diffusers' Flux blocks, bf16, eager").count(NOT_YET) == 3
 
 
