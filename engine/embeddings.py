@@ -15,6 +15,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -63,9 +64,10 @@ class EmbeddingCache:
         self.folder = cache_folder() / "embeddings" if folder is None else folder
         self._memory: OrderedDict[str, Entry] = OrderedDict()
         self._limits = (memory_bytes, disk_bytes)
-        self._say = say
+        self.say = say
         self._lock = threading.Lock()
         self._usable = disk_bytes > 0
+        self._checked = False
 
     def get(self, key: str) -> Entry | None:
         """The entry of a key, on the CPU; None if there is none, or if its file is damaged."""
@@ -74,23 +76,33 @@ class EmbeddingCache:
             if found is not None:
                 self._memory.move_to_end(key)
                 return found
-        found = self._read(key) if self._usable else None
+        found = self._read(key) if self._on_disk() else None
         if found is not None:
             self._remember(key, found)
         return found
 
     def __contains__(self, key: str) -> bool:
-        return key in self._memory or (self._usable and (self.folder / f"{key}{SUFFIX}").exists())
+        return key in self._memory or (self._on_disk() and (self.folder / f"{key}{SUFFIX}").exists())
 
     def put(self, key: str, entry: Entry) -> None:
         entry = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in entry.items()}
         self._remember(key, entry)
-        if self._usable:
+        if self._on_disk():
             self._write(key, entry)
 
     def files(self) -> list[Path]:
         """Of the entries on disk."""
         return sorted(self.folder.glob(f"*{SUFFIX}")) if self.folder.is_dir() else []
+
+    def _on_disk(self) -> bool:
+        """Whether files may be used: a folder that others may write to is not."""
+        if self._usable and not self._checked:
+            self._checked = True
+            try:
+                make_private(self.folder)
+            except OSError as error:
+                self._give_up("used", error)
+        return self._usable
 
     def _remember(self, key: str, entry: Entry) -> None:
         with self._lock:
@@ -104,7 +116,8 @@ class EmbeddingCache:
         file = self.folder / f"{key}{SUFFIX}"
         try:
             content = file.read_bytes()
-            os.utime(file)  # it was used now
+            with suppress(OSError):
+                os.utime(file)  # it was used now
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -115,15 +128,16 @@ class EmbeddingCache:
                 return from_bytes(content[DIGEST_BYTES:])
         except SafetensorError:
             pass
-        self._say(f"{file} is damaged: its embedding is computed again")
-        file.unlink(missing_ok=True)
+        self.say(f"{file} is damaged: its embedding is computed again")
+        with suppress(OSError):
+            file.unlink()
         return None
 
     def _write(self, key: str, entry: Entry) -> None:
         content = to_bytes(dict(entry))
         temporary = self.folder / f".{os.getpid()}.{threading.get_ident()}.{key}"
         try:
-            make_private(self.folder)
+            make_private(self.folder)  # it may have been removed since
             self._sweep()
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(hashlib.sha256(content).digest() + content)
@@ -138,7 +152,7 @@ class EmbeddingCache:
     def _give_up(self, what: str, error: OSError) -> None:
         """Says once that the disk is of no use, and goes on without it."""
         self._usable = False
-        self._say(f"embeddings are not kept: {self.folder} cannot be {what}: {(error.strerror or str(error)).lower()}")
+        self.say(f"embeddings are not kept: {self.folder} cannot be {what}: {(error.strerror or str(error)).lower()}")
 
     def _sweep(self) -> None:
         """Removes what processes that were killed while they wrote have left."""
@@ -220,14 +234,18 @@ class CachedConditioner:
 
     @cached_property
     def _made_by(self) -> str:
-        """Found when it is first needed: it reads files."""
-        return f"{self._digest()} {programs()}"
+        """Found when it is first needed, since it reads files; "" if they are gone."""
+        try:
+            return f"{self._digest()} {programs()}"
+        except OSError as error:
+            self.cache.say(f"embeddings are not kept: {error.filename}: {(error.strerror or str(error)).lower()}")
+            return ""
 
     def encode(self, image: "Image | None", prompts: Sequence[str], *, share: bool = True) -> list[Conditioning]:
         """As `Conditioner.encode`. With share False the cache is neither read nor written."""
         inner = self.conditioner
-        if not share:
-            return inner.encode(image, prompts, share=False)
+        if not share or not self._made_by:
+            return inner.encode(image, prompts, share=share)
         shown = black_picture() if image is None else image
         digest, keys = digest_of(shown), Keys.make(inner, self._made_by)
         names = [keys.instruction(digest, prompt) for prompt in prompts]

@@ -144,9 +144,10 @@ class Fused:
         attend, bias = keys
         q, k, v = self.qk_norm_rope(qkv, None, scales, None, *rope, self.heads)
         attended = attend(q, k, v, bias)
-        return self._leave(
-            pair[0], mod.chunk(3, dim=-1)[2], block.linear2(self.gelu_join(attended, hidden)), False, ahead
-        )
+        del q, k, v  # what follows is where a step needs most memory
+        joined = self.gelu_join(attended, hidden)
+        del wide, qkv, hidden, attended
+        return self._leave(pair[0], mod.chunk(3, dim=-1)[2], block.linear2(joined), False, ahead)
 
     def last_block(
         self,

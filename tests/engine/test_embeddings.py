@@ -82,6 +82,17 @@ def test_not_shared_is_not_kept(small_conditioner: Build, tmp_path: Path) -> Non
     assert len(cached.cache.files()) == 2
 
 
+def test_a_model_whose_files_are_gone_is_not_kept(small_conditioner: Build, tmp_path: Path) -> None:
+    said: list[str] = []
+    cache = EmbeddingCache(tmp_path, say=said.append)
+    cached = CachedConditioner(small_conditioner(DIFFUSERS_V11), cache, (tmp_path / "gone").read_text)
+    for _ in range(2):
+        assert len(cached.encode(picture(0), PROMPTS[:1])) == 1
+    assert not cache.files()
+    assert len(said) == 1
+    assert "gone: no such file" in said[0]
+
+
 def test_keys_depend_on_all_that_matters(small_conditioner: Build) -> None:
     encoder = small_conditioner(DIFFUSERS_V11)
     keys = [Keys.make(encoder, "a"), Keys.make(encoder, "b"), Keys.make(small_conditioner(DIFFUSERS_V12), "a")]
@@ -136,6 +147,18 @@ def test_a_disk_of_no_use_is_said_once(tmp_path: Path) -> None:
         assert cache.get("a") is not None  # from memory
         assert len(said) == 1
         assert reason in said[0]
+
+
+def test_reading_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    EmbeddingCache(tmp_path).put("k", entry())
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)
+    found = EmbeddingCache(tmp_path).get("k")
+    assert found is not None
+    assert torch.equal(found["rows"], entry()["rows"])
 
 
 def test_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
