@@ -29,7 +29,8 @@ def _sdpa(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__
 
 def flop_counter() -> FlopCounterMode:
     """Counts FLOPs (2 per multiply-add) of matrix products, convolutions and attention; the CPU's and ours too."""
-    attention = (aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.step1x.attention)
+    ours = (torch.ops.step1x.attention, torch.ops.step1x.attention_fp8)
+    attention = (aten._scaled_dot_product_flash_attention_for_cpu, *ours)
     return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(attention, _sdpa))
 
 

@@ -67,7 +67,7 @@ class Execution:
             found = choose(self.attention, device, None if biased is None else slice(*biased))
         except ValueError as error:
             raise InputError(str(error)) from error
-        return choose("sdpa", device) if biased is None and self.attention != "triton" else found
+        return choose("sdpa", device) if biased is None and self.attention not in ("triton", "fp8") else found
 
 
 DEFAULT = Execution()

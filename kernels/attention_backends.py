@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from step1x.kernels.attention import attention, attention_reference, check, joined
-from step1x.kernels.launch import capability, runs_kernels
+from step1x.kernels.attention_fp8 import attention_fp8
+from step1x.kernels.launch import CHIPS, capability, nearest, runs_kernels
 
 
 class Attention(Protocol):
@@ -80,7 +81,8 @@ def sage_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-# Part of a GPU's name -> its fastest exact backend, each with the line of bench/results that says so.
+# Part of a GPU's name -> its fastest exact backend, which "fp8" and "sage" are not, and each with the line of
+# bench/results that says so.
 MEASURED: dict[str, str] = {}
 
 
@@ -91,6 +93,7 @@ def available(device: torch.device) -> tuple[str, ...]:
         "sdpa": True,
         "merged": device.type == "cpu" or chip >= 80,
         "triton": kernels,
+        "fp8": kernels and CHIPS[nearest(chip)].fp8,
         "flash3": chip == 90 and find_spec("flash_attn_interface") is not None,
         "sage": chip >= 80 and find_spec("sageattention") is not None,
     }
@@ -115,6 +118,7 @@ def choose(name: str, device: torch.device, biased: slice | None = None) -> Atte
         "sdpa": sdpa,
         "merged": partial(merged, biased, torch_lse),
         "triton": attention,
+        "fp8": attention_fp8,
         "flash3": partial(merged, biased, flash3_lse),
         "sage": partial(merged, biased, sage_lse),
     }

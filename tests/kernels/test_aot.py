@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from step1x.kernels import attention_fp8
 from step1x.kernels.aot import main, modules
 from step1x.kernels.launch import CHIPS
 
@@ -45,8 +46,9 @@ def test_every_kernel_fits_every_chip(tmp_path):
 
 def test_every_module_is_compiled_for_every_chip():
     for module in modules():
-        for chip in CHIPS:
-            assert list(module.compilations(chip)), f"{module.__name__} on sm_{chip}"
+        for chip, limits in CHIPS.items():
+            runs = limits.fp8 or module is not attention_fp8
+            assert bool(list(module.compilations(chip))) == runs, f"{module.__name__} on sm_{chip}"
 
 
 def test_a_spill_and_a_kernel_too_large_are_faults(tmp_path):

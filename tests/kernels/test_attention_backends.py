@@ -15,6 +15,7 @@ from torch import Tensor
 from step1x.kernels import attention_backends as module
 from step1x.kernels.attention import attention_lse_reference, attention_reference
 from step1x.kernels.attention_backends import available, choose, flash3_lse, merged, sage_lse, torch_lse
+from step1x.kernels.attention_fp8 import attention_fp8
 
 CPU = torch.device("cpu")
 
@@ -104,7 +105,7 @@ def test_chosen_on_cpu(name: str) -> None:
     torch.testing.assert_close(out, attention_reference(q, k, v, bias), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["triton", "flash3", "sage", "nonsense"])
+@pytest.mark.parametrize("name", ["triton", "fp8", "flash3", "sage", "nonsense"])
 def test_unavailable(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' is not available on cpu: auto, sdpa, merged$"):
         choose(name, CPU)
@@ -115,8 +116,10 @@ def test_unavailable(name: str) -> None:
     [
         (75, "sdpa"),
         (80, "sdpa merged triton sage"),
-        (90, "sdpa merged triton flash3 sage"),
-        (120, "sdpa merged triton sage"),
+        (86, "sdpa merged triton sage"),
+        (89, "sdpa merged triton fp8 sage"),
+        (90, "sdpa merged triton fp8 flash3 sage"),
+        (120, "sdpa merged triton fp8 sage"),
     ],
 )
 def test_available_on(chip: int, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +127,13 @@ def test_available_on(chip: int, names: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "runs_kernels", lambda index: chip >= 80)
     monkeypatch.setattr(module, "find_spec", lambda package: "installed")
     assert available(torch.device("cuda")) == tuple(names.split())
+
+
+def test_fp8_is_chosen_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available", lambda device: ("sdpa", "fp8"))
+    assert choose("fp8", CPU) is attention_fp8
+    assert choose("auto", CPU) is module.sdpa
+    assert not {"fp8", "sage"} & set(module.MEASURED.values())  # not exact
 
 
 def test_auto_follows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
