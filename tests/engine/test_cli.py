@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image, ImageOps
 
+from step1x.engine.caches import cache_folder
 from step1x.engine.cli import Job, program
 from step1x.engine.errors import InputError
 from step1x.engine.picture import Picture
@@ -93,18 +94,27 @@ def test_an_edit(engine, folder):
         assert image.info == {"instruction": "invert it", "seed": "5"}
     loaded = {"profile": None, "device": None, "variant": None, "fix_quotes": False}
     loaded |= {"kernels": None, "attention": None, "compiled": None}
-    assert engine.loaded == [(None, loaded)]
+    [(model, given)] = engine.loaded
+    kept = given.pop("cache")
+    assert (model, given) == (None, loaded)
+    assert kept.folder == cache_folder() / "embeddings"
     assert engine.asked[0][2]["exact_algebra"] is True
+
+
+def test_what_the_cache_says_is_a_note(engine, folder, capsys):
+    run("edit", "photo.png", "invert it")
+    engine.loaded[0][1]["cache"].say("it is damaged")
+    assert capsys.readouterr().err == "note: it is damaged\n"
 
 
 def test_every_option_reaches_the_engine(engine, folder):
     words = "--model m --variant v1.1 --profile cpu --steps 3 --guidance 2.5 --size 128 --seed 9"
     words += " --negative-prompt fog --strength 0.5 --fix-quotes --device cuda:1 -q -o out.webp"
-    words += " --branches sequential --exact-algebra off --kernels on --attention merged --compile"
+    words += " --branches sequential --exact-algebra off --kernels on --attention merged --compile --no-cache"
     result = run("edit", "photo.png", "make it blue", *words.split())
     assert (result.exit_code, result.stdout, result.stderr) == (0, "out.webp\n", "")
     loaded = {"profile": "cpu", "device": "cuda:1", "variant": "v1.1", "fix_quotes": True}
-    loaded |= {"kernels": "on", "attention": "merged", "compiled": True}
+    loaded |= {"cache": False, "kernels": "on", "attention": "merged", "compiled": True}
     assert engine.loaded == [("m", loaded)]
     source, instruction, options = engine.asked[0]
     assert (source.name, source.rgb.size, instruction) == ("photo.png", (8, 6), "make it blue")
@@ -174,7 +184,7 @@ def test_an_existing_result_is_kept_unless_forced(engine, folder):
 
 def test_names_of_results():
     rest = dict.fromkeys(("model", "variant", "profile", "steps", "guidance", "size", "seed", "strength", "device"))
-    flags = dict.fromkeys(("force", "fix_quotes", "no_metadata", "as_json", "quiet", "exact_algebra"), False)
+    flags = dict.fromkeys(("force", "no_cache", "fix_quotes", "no_metadata", "as_json", "quiet", "exact_algebra"), False)
     rest |= {"branches": None, "kernels": None, "attention": None, "compiled": None}
 
     def target(img: str, output: str | None = None) -> str:
