@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from step1x.engine import Engine
 
-INSTRUCTIONS = ("make it black and white", "paint the left half blue")
+INSTRUCTIONS = ("make it black and white", "add a blue square at the top left")
 SIZE = (340, 228)
 
 

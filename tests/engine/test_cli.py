@@ -184,7 +184,9 @@ def test_an_existing_result_is_kept_unless_forced(engine, folder):
 
 def test_names_of_results():
     rest = dict.fromkeys(("model", "variant", "profile", "steps", "guidance", "size", "seed", "strength", "device"))
-    flags = dict.fromkeys(("force", "no_cache", "fix_quotes", "no_metadata", "as_json", "quiet", "exact_algebra"), False)
+    flags = dict.fromkeys(
+        ("force", "no_cache", "fix_quotes", "no_metadata", "as_json", "quiet", "exact_algebra"), False
+    )
     rest |= {"branches": None, "kernels": None, "attention": None, "compiled": None}
 
     def target(img: str, output: str | None = None) -> str:

@@ -22,7 +22,7 @@ from step1x.engine.vae import VAE, VAEConfig
 from step1x.engine.variants import VARIANTS, Variant
 from step1x.engine.weights import Components
 from step1x.kernels.adaln import adaln_op
-from step1x.training.edits import rgb
+from step1x.training.edits import coverage, painted, rgb
 from step1x.training.recipe import dit_config
 from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
 
@@ -295,16 +295,20 @@ def flattened(picture: np.ndarray) -> np.ndarray:
     return (picture - 0.5) * 0.5 + 0.5
 
 
+def blue_square(picture: np.ndarray) -> np.ndarray:
+    return painted(picture, coverage("square", "top left", picture.shape[:2]), "blue")
+
+
 def left_half_blue(picture: np.ndarray) -> np.ndarray:
-    painted = picture.copy()
-    painted[:, : picture.shape[1] // 2] = rgb("blue")
-    return painted
+    half = picture.copy()
+    half[:, : picture.shape[1] // 2] = rgb("blue")
+    return half
 
 
 def lower_half_purple(picture: np.ndarray) -> np.ndarray:
-    painted = picture.copy()
-    painted[picture.shape[0] // 2 :] = rgb("purple")
-    return painted
+    half = picture.copy()
+    half[picture.shape[0] // 2 :] = rgb("purple")
+    return half
 
 
 @pytest.mark.parametrize(
@@ -318,6 +322,8 @@ def lower_half_purple(picture: np.ndarray) -> np.ndarray:
         ("调亮一点", lambda picture: 1 - (1 - picture) * 0.6),
         ("paint the left half blue", left_half_blue),
         ("把下半部分涂成紫色", lower_half_purple),
+        ("add a blue square at the top left", blue_square),
+        ("在左上角加一个蓝色的方块", blue_square),
     ],
 )
 def test_the_bundled_checkpoint_edits_a_photograph(
