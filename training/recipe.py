@@ -83,7 +83,7 @@ def dit_config(width: int, double: int, single: int, text_width: int) -> DiTConf
 # Weights in the v1.1 diffusers layout; what a small model needs otherwise is overridden, and stored beside it.
 TINY_VARIANT = DIFFUSERS_V11.override(
     {
-        "text_tokens": 48,
+        "text_tokens": 160,  # a quarter of the rows at the 256 level, as 640 are at 512 in the released models
         "min_pixels": 4 * PATCH_PIXELS**2,
         "max_pixels": 4 * PATCH_PIXELS**2,
         "pre_resize": False,
