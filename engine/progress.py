@@ -1,7 +1,9 @@
 """What a run is doing, on the terminal."""
 
+import signal
 import sys
-from types import TracebackType
+import threading
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -24,14 +26,20 @@ STAGES = {
 class Progress:
     """A line that names the stage and, while denoising, counts steps and guesses the time left.
 
-    A context manager; the line vanishes at its end. Without a console nothing is shown.
+    A context manager; the line vanishes at its end. Without a console nothing is shown. Ctrl-C ends the run at the next
+    stage or step at the latest: libraries, while they are imported, and finalizers now and then swallow the exception.
     """
 
     def __init__(self, console: "Console | None") -> None:
         self._bar = _bar(console) if console else None
         self._task = self._bar.add_task("Starting", total=None, count="") if self._bar else None
+        self._interrupted = self._listening = False
 
     def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()
+        self._listening = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._listening:
+            signal.signal(signal.SIGINT, self._interrupt)
         if self._bar:
             self._bar.start()
         return self
@@ -39,16 +47,28 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._listening:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._bar:
             self._bar.stop()
 
+    def _interrupt(self, _: int, __: FrameType | None) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _go_on(self) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+
     def stage(self, name: str) -> None:
         """The stage `name` begins: one of STAGES, or any other word, shown as it is."""
+        self._go_on()
         if self._bar and self._task is not None:
             self._bar.reset(self._task, total=None, description=STAGES.get(name, name), count="")
 
     def step(self, step: int, steps: int) -> None:
         """Denoise step `step` of `steps` is done (counted from 1)."""
+        self._go_on()
         if self._bar and self._task is not None:
             self._bar.update(self._task, total=steps, completed=step, count=f"{step}/{steps}, ETA")
 
