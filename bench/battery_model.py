@@ -228,11 +228,11 @@ def memory(run: Run) -> None:
     """Profiles under the cap they claim: an edit at the largest size must finish; its seconds and peak are kept."""
     side = _sizes(run)[-1]
     for profile in (load_profile(name) for name in profile_names()):
-        if not profile.device_memory_gb:
+        if not profile.budget_gb:
             continue
         if run.device.type == "cuda":
             total = torch.cuda.get_device_properties(run.device).total_memory
-            share = min(1.0, profile.device_memory_gb * GB / total)
+            share = min(1.0, profile.budget_gb * GB / total)
             torch.cuda.set_per_process_memory_fraction(share, run.device)
         else:
             run.notes[f"memory {profile.name}"] = "no cap: not a GPU"

@@ -94,7 +94,7 @@ def _verdict(profile: Profile, machine: Machine) -> Verdict:
     if not profile.device.startswith("cuda"):
         alone = "" if machine.devices else "CPU only: "
         return Verdict(profile=profile.name, fits=True, reason=f"{alone}the bundled checkpoint")
-    wanted = profile.device_memory_gb
+    wanted = profile.budget_gb
     largest = max((device.memory_gb for device in machine.devices), default=0.0)
     if not machine.devices:
         return Verdict(profile=profile.name, fits=False, reason=f"needs a CUDA GPU with {wanted} GB")

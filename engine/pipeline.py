@@ -166,7 +166,7 @@ class Engine:
             vae_dtype=dtype or getattr(torch, settings.vae_dtype),
             variant=variant,
             fix_quotes=fix_quotes,
-            host_modulation=settings.host_modulation,
+            host_modulation=settings.residency.folded == "host",
         )
         given = {name: value for name, value in execution.items() if value is not None}
         own = {field.name: getattr(settings, field.name) for field in fields(Execution)}

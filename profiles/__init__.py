@@ -2,32 +2,94 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-__all__ = ["Profile", "default_profile", "load_profile", "profile_names"]
+__all__ = [
+    "Profile",
+    "Residency",
+    "Scheme",
+    "Weights",
+    "default_profile",
+    "load_profile",
+    "profile_for",
+    "profile_names",
+]
 
 FOLDER = Path(__file__).parent
 MAX_BYTES = 1 << 16  # a profile is a page; more is some other file
 
 
-class Profile(BaseModel):
-    """What is fixed when a model is loaded."""
+# How weights are kept and multiplied (quant/schemes.py): in the profile's dtype, or quantised by a scheme.
+Scheme = Literal["plain", "fp8", "fp8-weight", "int8", "int8-weight", "int4-weight", "nvfp4"]
 
+
+class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Weights(_Table):
+    """The scheme of each component."""
+
+    dit: Scheme = "plain"  # what a denoise step reads: 8.66 of the released 12.4 billion parameters
+    folded: Scheme = "plain"  # modulations: read once an edit
+    text: Scheme = "plain"  # language model
+    vision: Scheme = "plain"  # vision tower
+
+
+class Residency(_Table):
+    """Where weights are while they are not used. Streamed blocks arrive while the one before them runs."""
+
+    dit: Literal["resident", "stream"] = "resident"  # stream: `stream_blocks` of its blocks, evenly spaced
+    folded: Literal["resident", "host"] = "resident"  # host: copied once an edit, layer by layer
+    text: Literal["resident", "evict", "stream"] = "resident"  # evict: brought as a whole, dropped after use
+    vision: Literal["resident", "evict", "stream"] = "resident"
+    vae: Literal["resident", "evict"] = "resident"
+    stream_blocks: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _blocks_stream(self) -> Self:
+        if (self.dit == "stream") != (self.stream_blocks > 0):
+            raise ValueError("stream_blocks above 0 goes with dit = 'stream', and only with it")
+        return self
+
+
+class Profile(_Table):
+    """What is fixed when a model is loaded. GB are 1e9 bytes."""
 
     name: str = Field(min_length=1)  # the file's, without .toml
     description: str
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")  # auto: cuda if there is one
-    dtype: Literal["float32", "bfloat16"]  # of the transformer, the connector and the text model
+    budget_gb: float = Field(default=0, ge=0, allow_inf_nan=False)  # of GPU memory, enforced; 0: no limit
+    host_memory_gb: float = Field(default=0, ge=0, allow_inf_nan=False)  # of host memory; 0: no limit
+    size: int = Field(default=1024, ge=16, le=8192)  # largest size level that the budget is planned for
+    batch: int = Field(default=1, ge=1)  # largest batch, likewise
+    capability: float = Field(default=0, ge=0, allow_inf_nan=False)  # least compute capability; 0: any
+    dtype: Literal["float32", "bfloat16"]  # of arithmetic, and of weights that are not quantised
     vae_dtype: Literal["float32", "bfloat16"]
+    weights: Weights = Weights()
+    residency: Residency = Residency()
     kernels: Literal["auto", "on", "off"] = "auto"  # our own on a GPU: those measured to be faster, all, none
     attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
+    fp8_attention: tuple[float, float] | None = None  # shares of the steps between which attention is 8-bit
+    branches: Literal["batched", "sequential"] | None = None  # of guidance; None: the model's own choice
+    kv_dtype: Literal["bfloat16", "float8"] = "bfloat16"  # of keys and values kept between steps
+    skipping: Literal["dense"] = "dense"  # which steps and tokens are left out
     compiled: bool = False  # compile the blocks when they first run
-    host_modulation: bool = False  # keep the parameters of modulations in host memory, used once an edit
     strip_pixels: int = Field(default=1 << 21, ge=0)  # larger pictures: autoencoder in strips
-    device_memory_gb: int = Field(default=0, ge=0)  # of the GPU that it is meant for; 0: any
+
+    @field_validator("fp8_attention", mode="before")
+    @classmethod
+    def _as_pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
+
+    @field_validator("fp8_attention")
+    @classmethod
+    def _is_stretch(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("must be two shares of the steps, 0 <= first < last <= 1")
+        return value
 
 
 def profile_names() -> list[str]:
@@ -38,6 +100,19 @@ def profile_names() -> list[str]:
 def default_profile(*, cuda: bool) -> str:
     """The profile to use when none is asked for."""
     return "bf16-80gb" if cuda else "cpu"
+
+
+def profile_for(memory_gb: float, capability: float) -> str:
+    """The shipped profile for a GPU: the most faithful of the fastest that fit. `capability`: such as 8.9.
+
+    A card below the least budget gets the smallest profile, whose plan then says what is missing.
+    """
+    wanted = ("bf16-80gb", "fp8-24gb", "int8-24gb", "fp8-18gb", "int4-12gb")  # best first
+    fitting = [load_profile(name) for name in wanted]
+    for profile in fitting:
+        if memory_gb >= profile.budget_gb and capability >= profile.capability:
+            return profile.name
+    return wanted[-1]
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
@@ -75,5 +150,7 @@ def _read(path: Path) -> Profile:
         first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(Profile.model_fields)}") from error
+            tables = {"weights": Weights, "residency": Residency}
+            known = tables.get(str(first["loc"][0]), Profile).model_fields
+            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(known)}") from error
         raise ValueError(f"{where}: {key}: {first['msg'].lower()}") from error

@@ -262,7 +262,7 @@ def test_debug_shows_the_traceback(engine, folder):
         ("--branches both", "'both' is not one of"),
         ("--kernels some", "'some' is not one of"),
         ("--attention none", "'none' is not one of"),
-        ("--profile fp9", "unknown profile 'fp9'; known: bf16-80gb, cpu"),
+        ("--profile fp9", "unknown profile 'fp9'; known: bf16-24gb, bf16-80gb, cpu"),
         ("--frobnicate", "no such option '--frobnicate'"),
         ("more", "unexpected extra argument"),
         ("-o - --json", "both write to standard output"),

@@ -5,13 +5,14 @@ import os
 import pytest
 from pydantic import ValidationError
 
-from step1x.profiles import Profile, default_profile, load_profile, profile_names
+from step1x.profiles import Profile, default_profile, load_profile, profile_for, profile_names
 
 GOOD = 'description = "x"\ndevice = "cpu"\ndtype = "float32"\nvae_dtype = "float32"\n'
 
 
 def test_what_ships():
-    assert profile_names() == ["bf16-80gb", "cpu"]
+    shipped = ["bf16-24gb", "bf16-80gb", "cpu", "fp8-18gb", "fp8-24gb", "fp8-80gb", "int4-12gb", "int8-24gb"]
+    assert profile_names() == shipped
     cpu, gpu = load_profile("cpu"), load_profile("bf16-80gb")
     assert (cpu.device, cpu.dtype, cpu.vae_dtype) == ("cpu", "float32", "float32")
     assert (gpu.device, gpu.dtype, gpu.vae_dtype) == ("cuda", "bfloat16", "bfloat16")
@@ -23,6 +24,22 @@ def test_what_ships():
 def test_the_default_follows_the_device():
     assert default_profile(cuda=False) == "cpu"
     assert default_profile(cuda=True) == "bf16-80gb"
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "capability", "name"),
+    [
+        (85.0, 9.0, "bf16-80gb"),  # H100
+        (48.3, 8.9, "fp8-24gb"),  # L40S
+        (25.4, 8.9, "fp8-24gb"),  # RTX 4090
+        (25.4, 8.6, "int8-24gb"),  # RTX 3090
+        (20.9, 8.9, "fp8-18gb"),  # RTX 4000 Ada
+        (16.9, 8.6, "int4-12gb"),
+        (8.4, 8.6, "int4-12gb"),
+    ],
+)
+def test_the_profile_of_a_card(memory_gb, capability, name):
+    assert profile_for(memory_gb, capability) == name
 
 
 def test_a_profile_is_frozen():
@@ -47,8 +64,15 @@ def test_a_file_anywhere(tmp_path):
         (GOOD.replace('"cpu"', '"tpu"'), "device: "),
         (GOOD.replace('"cpu"', "0"), "device: "),
         (GOOD.replace('device = "cpu"\n', ""), "device: field required"),
-        (GOOD + "device_memory_gb = -1\n", "device_memory_gb: "),
-        (GOOD + 'device_memory_gb = "80"\n', "device_memory_gb: "),
+        (GOOD + "budget_gb = -1\n", "budget_gb: "),
+        (GOOD + 'budget_gb = "80"\n', "budget_gb: "),
+        (GOOD + "budget_gb = inf\n", "budget_gb: "),
+        (GOOD + "fp8_attention = [0.5, 0.2]\n", "fp8_attention: value error, must be two shares of the steps"),
+        (GOOD + "fp8_attention = [0.5]\n", "fp8_attention.1: "),
+        (GOOD + '[weights]\ndit = "fp7"\n', "weights.dit: "),
+        (GOOD + '[weights]\nvae = "fp8"\n', "unknown key 'weights.vae'; known: dit, folded, text, vision"),
+        (GOOD + '[residency]\ndit = "stream"\n', "residency: value error, stream_blocks above 0 goes with"),
+        (GOOD + "[residency]\nstream_blocks = 3\n", "residency: value error, stream_blocks above 0 goes with"),
         (GOOD + 'name = ""\n', "name: "),
         ("not toml", "not TOML"),
         ("\udcff", "not UTF-8"),
@@ -68,7 +92,7 @@ def test_mistakes_in_a_file(tmp_path, text, needle):
 def test_names_that_lead_nowhere(tmp_path):
     os.mkfifo(tmp_path / "pipe.toml")
     for name, needle in {
-        "fp9": "unknown profile 'fp9'; known: bf16-80gb, cpu",
+        "fp9": "unknown profile 'fp9'; known: bf16-24gb, bf16-80gb, cpu",
         "": "unknown profile",
         "../profiles/cpu": "unknown profile",
         str(tmp_path / "gone.toml"): "no such file",
