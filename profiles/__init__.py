@@ -150,7 +150,7 @@ def _read(path: Path) -> Profile:
         first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            tables = {"weights": Weights, "residency": Residency}
+            tables: dict[str, type[BaseModel]] = {"weights": Weights, "residency": Residency}
             known = tables.get(str(first["loc"][0]), Profile).model_fields
             raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(known)}") from error
         raise ValueError(f"{where}: {key}: {first['msg'].lower()}") from error
