@@ -114,6 +114,6 @@ def step(dit: DiT, canvas: Canvas, algebra: Algebra, runner: Runner | None = Non
 
     def run() -> Tensor:
         img[:, : canvas.tokens] = dit.img_in(latents)
-        return velocities(dit, forwards, img, 0, time, canvas.tokens if algebra.prune else None)
+        return velocities(dit, forwards, img, (0, 1), time, canvas.tokens if algebra.prune else None)
 
     return run

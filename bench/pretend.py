@@ -126,6 +126,8 @@ class _Functions(TorchFunctionMode):
             return DEVICE if self._pretend.holds(args[0]) else func(*args)
         if func in (torch.Tensor.to, torch.Tensor.cpu):
             return self._to(func, args, kwargs)
+        if func is torch.Tensor.copy_ and self._pretend.holds(args[0]) != self._pretend.holds(args[1]):
+            return func(args[0], self._pretend.moved(args[1], self._pretend.holds(args[0])))
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and self._pretend.holds(args[0]):
             self._pretend.wait(func.__name__)
         if kwargs.get("device") is not None and torch.device(kwargs["device"]) != CPU:

@@ -24,12 +24,20 @@ Velocity = Callable[[Tensor, Step, Rope, int | None], Tensor]  # as `DiT.velocit
 class Runner:
     """What runs a step: the velocity, and guidance with the Euler step (kernels/cfg_step.py; None: in plain torch).
 
-    multiple: text rows come in multiples of this.
+    multiple: text rows come in multiples of this. coarse: runs the steps that begin within `stretch`, shares of all
+    steps.
     """
 
     velocity: Velocity
     cfg_step: Callable[..., Tensor] | None = None
     multiple: int = 1
+    coarse: Velocity | None = None
+    stretch: tuple[float, float] = (0.0, 1.0)
+
+    def at(self, share: float) -> Velocity:
+        """What runs the step that begins when `share` of the steps are done."""
+        first, last = self.stretch
+        return self.coarse if self.coarse is not None and first <= share < last else self.velocity
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +110,24 @@ def folded(dit: DiT, forwards: Sequence[Branch], times: Sequence[Tensor]) -> lis
 
 
 def velocities(
-    dit: DiT, forwards: Sequence[Branch], img: Tensor, index: int, timestep: Tensor, kept: int | None = None
+    dit: DiT,
+    forwards: Sequence[Branch],
+    img: Tensor,
+    step: tuple[int, int],
+    timestep: Tensor,
+    kept: int | None = None,
 ) -> Tensor:
     """Velocity (rows, kept or N, channels) of all branches below each other, conditional rows first.
 
-    img: (batch, N, width) of `img_in`, the same for every branch; index, timestep: of the step.
+    img: (batch, N, width) of `img_in`, the same for every branch; step: its index, from 0, and how many there are.
     """
+    index, steps = step
     made = []
     for branch in forwards:
         rows = branch.request.rows
         repeated = img.expand(rows, -1, -1) if len(img) == 1 else img.repeat(rows // len(img), 1, 1)
-        step = branch.steps[index] if branch.steps else dit.condition(branch.request, timestep.expand(rows))
-        made.append(branch.runner.velocity(repeated, step, branch.rope, kept))
+        given = branch.steps[index] if branch.steps else dit.condition(branch.request, timestep.expand(rows))
+        made.append(branch.runner.at(index / steps)(repeated, given, branch.rope, kept))
     return torch.cat(made) if len(made) > 1 else made[0]
 
 
@@ -146,7 +160,7 @@ def denoise(
         if index:  # the reference's rows stay what they are
             img[:, :target] = dit.img_in(latents.to(dit.dtype))
         kept = target if algebra.prune else None
-        prediction = velocities(dit, forwards, img, index, times[index], kept)[:, :target]
+        prediction = velocities(dit, forwards, img, (index, len(schedule) - 1), times[index], kept)[:, :target]
         if guidance is None:
             latents = _euler(latents, prediction, following - now, variant.dtype_flow)
         else:

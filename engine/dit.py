@@ -10,7 +10,8 @@ The forward is split by what it depends on:
 `forward` is the four in a row. Parameter names are the official checkpoint's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -322,12 +323,23 @@ class Step:
     biased: int | None = 0  # `Text.biased`
 
 
+def here(part: object) -> AbstractContextManager[None]:
+    """What brings the weights of a part of a model where it runs, if they are always there (residency.py)."""
+    return nullcontext()
+
+
 class DiT(nn.Module):
-    """Velocity of the flow at noisy tokens. `fp32_norms` follows the official autocast dtype flow (§3.14)."""
+    """Velocity of the flow at noisy tokens. `fp32_norms` follows the official autocast dtype flow (§3.14).
+
+    A block runs within `present(block)`.
+    """
+
+    present: Callable[[nn.Module], AbstractContextManager[None]]
 
     def __init__(self, config: DiTConfig, fp32_norms: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.present = here
         width = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, width)
         self.time_in = Embedder(config.timestep_channels, width)
@@ -399,16 +411,19 @@ class DiT(nn.Module):
         if step.bias is not None:
             bias = F.pad(step.bias.to(img.dtype), (0, img.shape[1]))[:, None, None]
         for block, mods in zip(self.double_blocks, step.mods.double, strict=True):
-            img, txt = block(img, txt, mods, rope, bias)
+            with self.present(block):
+                img, txt = block(img, txt, mods, rope, bias)
         rows = torch.cat((txt, img), dim=1)
         image = slice(texts, None if kept is None else texts + kept)
         singles = list(zip(cast("Iterable[SingleBlock]", self.single_blocks), step.mods.single, strict=True))
         for block, mod in singles if kept is None else singles[:-1]:
-            rows = block(rows, mod, rope, bias)
+            with self.present(block):
+                rows = block(rows, mod, rope, bias)
         if kept is None or not singles:
             return rows[:, image]
         block, mod = singles[-1]
-        return block.last(rows, mod, rope, image, bias)
+        with self.present(block):
+            return block.last(rows, mod, rope, image, bias)
 
     def velocity(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
         """Velocity (batch, N, out_channels) at image rows (batch, N, width) that `img_in` made.

@@ -203,8 +203,8 @@ class Keys:
     @classmethod
     def make(cls, conditioner: Conditioner, made_by: str) -> "Keys":
         """made_by: a digest of the text model's files and of the programs."""
-        model = conditioner.model
-        gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+        model, device = conditioner.model, conditioner.device
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         parts = [made_by, conditioner.settings, str(model.dtype), gpu]
         return cls(hashlib.sha256("\0".join(parts).encode()).hexdigest())
 
@@ -293,7 +293,7 @@ def packed(one: Conditioning) -> Entry:
 
 def unpacked(entry: Entry, conditioner: Conditioner) -> Conditioning:
     """The conditioning of an entry, on the model's device, padded as `Conditioner.encode` pads it."""
-    variant, device = conditioner.variant, conditioner.model.device
+    variant, device = conditioner.variant, conditioner.device
     parts = {name: tensor.to(device) for name, tensor in entry.items()}
     text = Text(parts["tokens"], parts["mask"], embeds=parts.get("embeds"), quoted=parts.get("quoted"))
     one = Conditioning(text=text, ids=parts["ids"], valid=text.tokens.shape[1])
@@ -318,7 +318,7 @@ def remembered(seen: Seen, readings: Sequence[Reading]) -> Entry:
 
 def recalled(entry: Entry, digest: bytes, conditioner: Conditioner) -> tuple[Seen, tuple[Reading, ...]]:
     """What `remembered` packed, on the model's device."""
-    device = conditioner.model.device
+    device = conditioner.device
     seen = Seen(digest, entry["features"].to(device), Grid(*entry["grid"].tolist()))
     ids, hidden = entry["ids"].tolist(), entry["hidden"].to(device)
     count = sum(name.startswith("keys.") for name in entry)

@@ -10,7 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from step1x.engine.caches import cache_folder, make_private
-from step1x.engine.denoise import Runner
-from step1x.engine.dit import DiT, Rope, Step
+from step1x.engine.denoise import Runner, Velocity
+from step1x.engine.dit import DiT, Rope, Step, here
 from step1x.engine.errors import InputError
 from step1x.engine.fused import Fused
 from step1x.engine.vae import VAE
@@ -45,6 +45,7 @@ class Execution:
     attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
     compiled: bool = False  # compile the blocks: the first edit of a size is slow, the others fast
     strip_pixels: int = 1 << 21  # larger pictures go through the autoencoder in strips: the same in half the memory
+    fp8_attention: tuple[float, float] | None = None  # shares of the steps between which attention is 8-bit
 
     def __post_init__(self) -> None:
         if self.kernels not in ("auto", "on", "off"):
@@ -90,15 +91,29 @@ def stepper(dit: DiT, execution: Execution, backend: str = "inductor") -> Runner
 
     Raises InputError for an attention backend that is not there.
     """
+    cfg_step = execution.operation(cfg_step_op, dit.device)
+    multiple = TEXT_BUCKET if execution.compiled else 1
+    exact = velocity_of(dit, execution, backend)
+    if execution.fp8_attention is None:
+        return Runner(exact, cfg_step, multiple)
+    coarse = velocity_of(dit, replace(execution, attention="fp8"), backend)
+    return Runner(exact, cfg_step, multiple, coarse, execution.fp8_attention)
+
+
+def velocity_of(dit: DiT, execution: Execution, backend: str = "inductor") -> Velocity:
+    """The velocity of a transformer as `execution` says.
+
+    Raises InputError for an attention backend that is not there.
+    """
     device = dit.device
     execution.attend(device, None)  # a name that is not there is an error now, not in the first edit
     fused = Fused(dit, partial(execution.operation, device=device), partial(execution.attend, device))
-    cfg_step = execution.operation(cfg_step_op, device)
     if not execution.compiled:
-        return Runner(fused.velocity, cfg_step)
+        return fused.velocity
     compile_blocks(fused, backend)
-    velocity = Replay(fused.velocity) if device.type == "cuda" else fused.velocity
-    return Runner(velocity, cfg_step, TEXT_BUCKET)
+    # A graph reads weights where they were when it was captured, so blocks that come and go are run without.
+    captured = device.type == "cuda" and dit.present is here
+    return Replay(fused.velocity) if captured else fused.velocity
 
 
 def compile_blocks(fused: Fused, backend: str | Callable[..., Any] = "inductor") -> None:

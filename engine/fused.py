@@ -45,8 +45,11 @@ class Fused:
         self.qk_norm_rope = choose(qk_norm_rope_op)
         self.double = list(cast("Iterable[DoubleBlock]", dit.double_blocks))
         self.single = list(cast("Iterable[SingleBlock]", dit.single_blocks))
-        self.double_norms = [(norms(block.img_attn.norm), norms(block.txt_attn.norm)) for block in self.double]
-        self.single_norms = [norms(block.norm) for block in self.single]
+        place = dit.device  # where the blocks themselves are need not be (residency.py)
+        self.double_norms = [
+            (norms(block.img_attn.norm).to(place), norms(block.txt_attn.norm).to(place)) for block in self.double
+        ]
+        self.single_norms = [norms(block.norm).to(place) for block in self.single]
 
     def velocity(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
         """As `DiT.velocity`: (batch, kept or N, out_channels) at image rows (batch, N, width)."""
@@ -72,7 +75,8 @@ class Fused:
         image, text = self.enter(img, mods.double[0][0]), self.enter(txt, mods.double[0][1])
         for index, (block, scales) in enumerate(zip(self.double, self.double_norms, strict=True)):
             ahead = mods.double[index + 1] if index + 1 < len(self.double) else (None, None)
-            image, text = self.double_block(block, scales, image, text, mods.double[index], ahead, rope, keys)
+            with self.dit.present(block):
+                image, text = self.double_block(block, scales, image, text, mods.double[index], ahead, rope, keys)
         return torch.cat((text[0], image[0]), dim=1)
 
     def _single(self, rows: Tensor, mods: Modulations, rope: Rope, keys: Keys, image: slice) -> Tensor:
@@ -81,8 +85,10 @@ class Fused:
             return rows[:, image]
         pair = self.enter(rows, mods.single[0])
         for index, (block, scales) in enumerate(zip(self.single[:-1], self.single_norms, strict=False)):
-            pair = self.single_block(block, scales, pair, mods.single[index], mods.single[index + 1], rope, keys)
-        return self.last_block(self.single[-1], self.single_norms[-1], pair, mods.single[-1], rope, keys, image)
+            with self.dit.present(block):
+                pair = self.single_block(block, scales, pair, mods.single[index], mods.single[index + 1], rope, keys)
+        with self.dit.present(self.single[-1]):
+            return self.last_block(self.single[-1], self.single_norms[-1], pair, mods.single[-1], rope, keys, image)
 
     def enter(self, rows: Tensor, mod: Tensor) -> Pair:
         """Rows with the first norm of a block, whose modulation begins with shift and scale."""

@@ -1,10 +1,11 @@
 """Engine: load a model once, edit many pictures with it. The stages of an edit in order, and nothing else."""
 
+import gc
 import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -16,15 +17,16 @@ from step1x.engine.algebra import OFF, ON, Algebra
 from step1x.engine.denoise import Guidance, branches, denoise
 from step1x.engine.embeddings import CachedConditioner, EmbeddingCache
 from step1x.engine.errors import InputError
-from step1x.engine.executor import DEFAULT, Execution, prepared
+from step1x.engine.executor import DEFAULT, Execution, prepared, stepper
 from step1x.engine.image import Canvas
 from step1x.engine.picture import Picture, Source, open_picture, save_picture
 from step1x.engine.pixels import attach_alpha
+from step1x.engine.residency import RESIDENT, Home
 from step1x.engine.schedule import timesteps
 from step1x.engine.timing import OnStep, Recorder
 from step1x.engine.variants import NEGATIVE_T2I
 from step1x.engine.weights import Components, load
-from step1x.profiles import default_profile, load_profile
+from step1x.profiles import Residency, default_profile, load_profile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 Posterior = Literal["sample", "mean"]
 MAX_SEED = 2**63 - 1
+# What is done, in this order, when GPU memory runs out: what costs least time first, nothing that changes the result
+# by more than rounding.
+EASINGS = ("autoencoder in strips", "text model evicted", "guidance one by one", "blocks streamed")
+STREAMED = 24  # of the transformer's 57 blocks, when nothing else helped: 6.5 of its 17.3 GB in bfloat16
 Chosen = TypeVar("Chosen")
 LOADING = (
     "profile",
@@ -53,7 +59,7 @@ class Edit:
     seed: int
     timings: dict[str, float]  # seconds per stage of timing.STAGES; "save" is there once it was saved
     steps: list[float]  # seconds per denoise step
-    metadata: dict[str, str | int | float]  # instruction, seed, steps, guidance, size, model, digest
+    metadata: dict[str, str | int | float]  # instruction, seed, steps, guidance, size, model, digest, out_of_memory
 
     def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = True) -> None:
         """Write PNG, JPEG or WebP, whole or not at all; a PNG carries `metadata`. Raises InputError."""
@@ -117,9 +123,13 @@ class Engine:
     """A loaded model. Calls share nothing but its weights, so threads may use one engine or several at a time."""
 
     def __init__(
-        self, components: Components, execution: Execution = DEFAULT, cache: EmbeddingCache | None = None
+        self,
+        components: Components,
+        execution: Execution = DEFAULT,
+        cache: EmbeddingCache | None = None,
+        residency: Residency = RESIDENT,
     ) -> None:
-        """cache: of embeddings (engine/embeddings.py)."""
+        """cache: of embeddings (engine/embeddings.py). residency: of the weights (engine/residency.py)."""
         self.variant = components.variant
         self.dit = components.dit
         self.vae = components.vae
@@ -128,6 +138,8 @@ class Engine:
             self.conditioner = CachedConditioner(components.conditioner, cache, components.text_digest)
         self.name = components.name
         self.digest = components.digest
+        self._home = Home(components, residency, components.dit.device)
+        self._execution = execution
         self._runner = prepared(components, execution)
 
     @classmethod
@@ -159,19 +171,21 @@ class Engine:
             raise InputError(str(error)) from error
         place = device if device not in (None, "auto") else settings.device
         place = ("cuda" if cuda else "cpu") if place == "auto" else place
+        home = checked_device(place)
+        residency = settings.residency if home.type != "cpu" else RESIDENT  # there is no other place
         components = load(
             model,
-            device=checked_device(place),
+            device=home,
             dtype=dtype or getattr(torch, settings.dtype),
             vae_dtype=dtype or getattr(torch, settings.vae_dtype),
             variant=variant,
             fix_quotes=fix_quotes,
-            host_modulation=settings.residency.folded == "host",
+            residency=residency,
         )
         given = {name: value for name, value in execution.items() if value is not None}
         own = {field.name: getattr(settings, field.name) for field in fields(Execution)}
         kept = (EmbeddingCache() if cache else None) if isinstance(cache, bool) else cache
-        return cls(components, chosen(Execution, {**own, **given}), kept)
+        return cls(components, chosen(Execution, {**own, **given}), kept, residency)
 
     @property
     def device(self) -> torch.device:
@@ -227,10 +241,14 @@ class Engine:
         with recorder.stage("preprocess"):
             opened = [open_picture(source) for source in sources]
             canvas = self._canvas(opened, wanted.size)
-        made = self._sample(opened, list(instructions), drawn, canvas, wanted, recorder, on_step)
+        made, eased = self._fitted(
+            lambda options: self._sample(opened, list(instructions), drawn, canvas, options, recorder, on_step),
+            wanted,
+            canvas,
+        )
         with recorder.stage("postprocess"):
             images = [self._finished(pixels, source) for pixels, source in zip(made, opened, strict=True)]
-        facts = [self._metadata(words, seed, wanted) for words, seed in zip(instructions, drawn, strict=True)]
+        facts = [self._metadata(words, seed, wanted) | eased for words, seed in zip(instructions, drawn, strict=True)]
         return [
             Edit(image, seed, recorder.seconds, recorder.steps, fact)
             for image, seed, fact in zip(images, drawn, facts, strict=True)
@@ -256,10 +274,12 @@ class Engine:
         drawn = checked_seed(seed)
         recorder = Recorder(self.device)
         canvas = Canvas(width, height)
-        made = self._sample(None, [prompt], [drawn], canvas, wanted, recorder, on_step)
+        made, eased = self._fitted(
+            lambda options: self._sample(None, [prompt], [drawn], canvas, options, recorder, on_step), wanted, canvas
+        )
         with recorder.stage("postprocess"):
             image = pictures.to_image(made[0], self.variant.truncate_output)
-        return Edit(image, drawn, recorder.seconds, recorder.steps, self._metadata(prompt, drawn, wanted))
+        return Edit(image, drawn, recorder.seconds, recorder.steps, self._metadata(prompt, drawn, wanted) | eased)
 
     def _canvas(self, opened: Sequence[Picture], size: int | None) -> Canvas:
         level = self.variant.size if size is None else size
@@ -268,6 +288,54 @@ class Engine:
             sizes = ", ".join(sorted(f"{canvas.width}x{canvas.height}" for canvas in canvases))
             raise InputError(f"pictures of one batch must come out at one size, these at {sizes}")
         return canvases.pop()
+
+    def _fitted(
+        self, sample: Callable[[Options], Tensor], options: Options, canvas: Canvas
+    ) -> tuple[Tensor, dict[str, str | int | float]]:
+        """`sample`, and again by each of EASINGS that is left, until it fits GPU memory; metadata names those taken.
+
+        Size and precision stay what they are. Raises InputError if it does not fit after all.
+        """
+        taken: list[str] = []
+        left = list(EASINGS)
+        while True:
+            try:
+                return sample(options), {"out_of_memory": ", ".join(taken)} if taken else {}
+            except torch.OutOfMemoryError:
+                pass  # what it holds is freed with it
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            easier = None
+            while left and easier is None:
+                name = left.pop(0)
+                easier = self._eased(name, options, canvas)
+            if easier is None:
+                also = f", also after: {', '.join(taken)}" if taken else ""
+                raise InputError(
+                    f"out of GPU memory at {canvas.width} x {canvas.height}{also}; "
+                    "take a smaller size, or a profile with a smaller budget"
+                )
+            taken.append(name)
+            options = easier
+
+    def _eased(self, name: str, options: Options, canvas: Canvas) -> Options | None:
+        """Takes one of EASINGS, for good where weights move; None: it was so already."""
+        if name == "autoencoder in strips" and not self.vae.in_strips(canvas.width * canvas.height):
+            self.vae.strip_pixels = 0
+            return options
+        if name == "text model evicted" and self._home.is_resident("text"):
+            for part in ("text", "vision"):
+                if self._home.is_resident(part):
+                    self._home.keep(part, "evict")
+            return options
+        if name == "guidance one by one" and options.branches != "sequential":
+            return replace(options, branches="sequential")
+        if name == "blocks streamed" and not self._home.streams_dit:
+            self._home.stream_dit(STREAMED)
+            self._runner = stepper(self.dit, self._execution)
+            return options
+        return None
 
     @torch.no_grad()
     def _sample(
@@ -302,7 +370,7 @@ class Engine:
             runner = self._runner if options.algebra.fuse else None
             forwards = branches(self.dit, groups, ids, batched, options.algebra, runner)
             guidance = Guidance(scale, self.variant.rescale_above) if guided else None
-        with recorder.stage("denoise"):
+        with recorder.stage("denoise"), self._home.denoising():
             recorder.step()
             tokens = denoise(
                 self.dit,
@@ -314,7 +382,7 @@ class Engine:
                 recorder.listening(on_step),
                 options.algebra,
             )
-        with recorder.stage("decode"):
+        with recorder.stage("decode"), self._home.using("vae"):
             decoded = self.vae.decode(pictures.unpack(tokens, canvas.grid).float())
         return decoded
 
@@ -343,7 +411,8 @@ class Engine:
         """Reference latents (batch, 16, rows, columns) in the transformer's dtype."""
         pixels = torch.cat([pictures.pixels(picture.rgb, canvas, self.variant.resize) for picture in opened])
         drawn = torch.cat([one.posterior for one in noise]).to(self.device) if posterior == "sample" else None
-        latents = self.vae.encode(pixels.to(self.device), drawn, clamp_logvar=self.variant.clamp_logvar)
+        with self._home.using("vae"):
+            latents = self.vae.encode(pixels.to(self.device), drawn, clamp_logvar=self.variant.clamp_logvar)
         return latents.to(self.dit.dtype)
 
     def _finished(self, pixels: Tensor, source: Picture) -> "Image":

@@ -4,6 +4,7 @@ Reads what transformers 4 and 5 wrote: flat and nested configs, all spellings of
 the files are there or an error names the one that is not.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,15 @@ KEY_PREFIXES = (
 )
 
 
-def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> "Qwen2_5_VLModel":
+def load_model(
+    folder: Path,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    at_host: Callable[[str], bool] | None = None,
+) -> "Qwen2_5_VLModel":
     """Vision tower and language model of a snapshot, on `device` in `dtype` (None: as stored), ready to read.
+
+    Tensors whose key `at_host` picks stay in host memory.
 
     Built on the meta device and filled tensor by tensor; `lm_head` is skipped. Raises InputError naming the
     file (and key) that is missing or wrong.
@@ -48,7 +56,7 @@ def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype | No
     # default meanwhile, which other threads would see.
     with torch.device("meta"):
         model = Qwen2_5_VLModel._from_config(config, attn_implementation="sdpa", dtype=torch.get_default_dtype())
-    stream(model, tensor_files(folder), model_key, device, dtype)
+    stream(model, tensor_files(folder), model_key, device, dtype, at_host)
     compute_frequencies(model, device)
     return model.eval().requires_grad_(False)
 

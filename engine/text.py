@@ -6,7 +6,8 @@ the one before it is not read again (prefix.py).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step1x.engine.dit import Text
+from step1x.engine.dit import Text, here
 from step1x.engine.errors import InputError
 from step1x.engine.prefix import Layer, Reading, stops
 from step1x.engine.qwen import load_image_processor, load_model, load_tokenizer, read_config
@@ -55,12 +56,14 @@ class Conditioner:
         *,
         fix_quotes: bool = False,
     ) -> None:
-        """The model is the one without a head; it is used on the device and in the dtype it has at each call.
+        """The model is the one without a head, and where it is now it runs.
 
         fix_quotes: no apostrophe and no lone quote opens a quotation (v1.0, v1.1; off reproduces them).
         Raises InputError if the tokenizer does not fit the variant.
         """
         self.model = model
+        self.device = model.device
+        self.using: Callable[[str], AbstractContextManager[None]] = here  # "vision", "text": residency.py
         self.tokens = Tokens(tokenizer, variant, fix_quotes=fix_quotes)
         self.variant = variant
         self.settings = f"{variant!r} fix_quotes={fix_quotes}"
@@ -94,18 +97,20 @@ class Conditioner:
         if image is None:
             image = black_picture()
         seen = self._see(image, share)
-        return [self._read(prompt, seen, share) for prompt in prompts]
+        with self.using("text"):
+            return [self._read(prompt, seen, share) for prompt in prompts]
 
     def _see(self, image: "Image", share: bool) -> "Seen":
         """The vision tower's output for a picture (§1.5)."""
         digest = digest_of(image)
         last = self._seen if share else None
-        if last is not None and last.digest == digest and last.features.device == self.model.device:
+        if last is not None and last.digest == digest and last.features.device == self.device:
             return last
         patches, grid = self.patches(image)
         merge = self.model.config.vision_config.spatial_merge_size
-        shape = torch.tensor([[1, grid.rows * merge, grid.columns * merge]], device=self.model.device)
-        features = self.model.visual(patches.to(self.model.device), grid_thw=shape).pooler_output
+        shape = torch.tensor([[1, grid.rows * merge, grid.columns * merge]], device=self.device)
+        with self.using("vision"):
+            features = self.model.visual(patches.to(self.device), grid_thw=shape).pooler_output
         seen = Seen(digest, features, grid)
         if share:
             self._seen = seen
@@ -135,7 +140,7 @@ class Conditioner:
         tokens = self.tokens.tokenise(prompt, grid.rows * grid.columns)
         # Attention is causal: what lies behind the last kept row cannot reach it, so it is not computed.
         kept = slice(variant.template_tokens, variant.template_tokens + variant.text_tokens)
-        ids = torch.tensor(tokens.ids[: kept.stop], device=self.model.device)
+        ids = torch.tensor(tokens.ids[: kept.stop], device=self.device)
         is_picture = ids == self.tokens.image_pad
         embeds = self.model.language_model.embed_tokens(ids)
         embeds[is_picture] = seen.features[: int(is_picture.sum())].to(embeds.dtype)
@@ -215,10 +220,12 @@ def load_conditioner(
     dtype: torch.dtype | None,
     *,
     fix_quotes: bool = False,
+    at_host: Callable[[str], bool] | None = None,
 ) -> Conditioner:
     """A conditioner from files: the model in `text_encoder`, tokenizer and picture processor in `processor`.
 
-    The two are one folder in the official layout. Raises InputError naming a file that is missing or wrong.
+    The two are one folder in the official layout. Parameters of the model that `at_host` picks by their key stay in
+    host memory, though it is to run on `device`. Raises InputError naming a file that is missing or wrong.
     """
     config = read_config(text_encoder / "config.json")
     tokenizer = load_tokenizer(processor)
@@ -228,8 +235,10 @@ def load_conditioner(
         raise InputError(
             f"{processor}: the tokenizer has {len(tokenizer)} tokens, the text model in {text_encoder} only {rows}"
         )
-    model = load_model(text_encoder, device, dtype)  # last: it takes the longest
-    return Conditioner(model, tokenizer, image_processor, variant, fix_quotes=fix_quotes)
+    model = load_model(text_encoder, device, dtype, at_host)  # last: it takes the longest
+    conditioner = Conditioner(model, tokenizer, image_processor, variant, fix_quotes=fix_quotes)
+    conditioner.device = torch.device(device)
+    return conditioner
 
 
 def digest_of(image: "Image") -> bytes:

@@ -248,7 +248,7 @@ class VAE(nn.Module):
         A sample of the posterior, mean + exp(logvar / 2) * noise, or its mean when `noise` is None; then
         shifted and scaled. `clamp_logvar` limits the log variance to [-30, 20] as diffusers does.
         """
-        run = self.encoder.strips if self._large(image.shape[2] * image.shape[3]) else self.encoder
+        run = self.encoder.strips if self.in_strips(image.shape[2] * image.shape[3]) else self.encoder
         mean, logvar = run(image.to(self.dtype)).chunk(2, dim=1)
         if noise is not None:
             logvar = logvar.clamp(-30.0, 20.0) if clamp_logvar else logvar
@@ -258,8 +258,9 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Image (batch, 3, h, w), nominally in [-1, 1], of shifted and scaled latents."""
         z = latents / self.config.scale_factor + self.config.shift_factor
-        run = self.decoder.strips if self._large(z.shape[2] * z.shape[3] * self.config.factor**2) else self.decoder
+        run = self.decoder.strips if self.in_strips(z.shape[2] * z.shape[3] * self.config.factor**2) else self.decoder
         return run(z.to(self.dtype))
 
-    def _large(self, pixels: int) -> bool:
+    def in_strips(self, pixels: int) -> bool:
+        """Whether a picture of so many pixels goes through in strips."""
         return self.strip_pixels is not None and pixels > self.strip_pixels

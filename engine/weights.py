@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from step1x.engine import layouts, sizes
 from step1x.engine.checkpoint import Checkpoint, digest, tensor_files
-from step1x.engine.dit import DiT, is_modulation
+from step1x.engine.dit import DiT
 from step1x.engine.errors import InputError
 from step1x.engine.folder import ModelFolder, locate
 from step1x.engine.layouts import Part, Target
+from step1x.engine.residency import RESIDENT, dit_at_host, text_at_host
 from step1x.engine.vae import VAE
 from step1x.engine.variants import Variant
+from step1x.profiles import Residency
 
 if TYPE_CHECKING:
     from step1x.engine.text import Conditioner
@@ -49,14 +51,14 @@ def load(
     vae_dtype: torch.dtype | None = None,
     variant: str | None = None,
     fix_quotes: bool = False,
-    host_modulation: bool = False,
+    residency: Residency = RESIDENT,
 ) -> Components:
     """Loads a model: a folder of either layout, a transformer file, a Hub id, or None for the bundled one.
 
     `variant` names a parity preset other than the folder's; `fix_quotes` repairs unbalanced apostrophes (text.py).
     The autoencoder is in `vae_dtype`; by default that is `dtype`, but float32 for an official preset in half
-    precision, as its own code keeps it (§4). Parameters do not require gradients. host_modulation: the parameters of
-    modulations stay in host memory (algebra.py).
+    precision, as its own code keeps it (§4). Parameters do not require gradients. What does not stay on the device
+    by `residency` is loaded to host memory (residency.py).
     Raises InputError with one line for anything that is wrong with the files.
     """
     from step1x.engine.text import load_conditioner
@@ -71,9 +73,11 @@ def load(
         vae_dtype = torch.float32 if official and dtype.itemsize < 4 else dtype
     return Components(
         variant=row,
-        dit=build_dit(folder, fp32_norms=official, device=device, dtype=dtype, host_modulation=host_modulation),
-        vae=build_vae(folder, device=device, dtype=vae_dtype),
-        conditioner=load_conditioner(text, processor, row, device, dtype, fix_quotes=fix_quotes),
+        dit=build_dit(folder, fp32_norms=official, device=device, dtype=dtype, residency=residency),
+        vae=build_vae(folder, device=device if residency.vae == "resident" else "cpu", dtype=vae_dtype),
+        conditioner=load_conditioner(
+            text, processor, row, device, dtype, fix_quotes=fix_quotes, at_host=text_at_host(residency)
+        ),
         name=folder.name,
         digest=digest([*folder.dit.files, *vae_files.files, *text_files]),
         text_digest=partial(text_digest, text_files, text, processor),
@@ -108,13 +112,13 @@ def build_dit(
     fp32_norms: bool,
     device: torch.device | str,
     dtype: torch.dtype,
-    host_modulation: bool = False,
+    residency: Residency = RESIDENT,
 ) -> DiT:
     """The transformer of a located model."""
     config = sizes.dit_config(folder.dit, folder.dit_configs)
     with torch.device("meta"):
         dit = DiT(config, fp32_norms)
-    at_host = is_modulation if host_modulation else None
+    at_host = dit_at_host(residency, config.depth, config.depth_single)
     build(dit, dit_targets(dit, folder.dit), folder.dit, device, dtype, at_host=at_host)
     return dit
 
@@ -151,6 +155,7 @@ def stream(
     rename: Callable[[str], str | None],
     device: torch.device | str,
     dtype: torch.dtype | None,
+    at_host: Callable[[str], bool] | None = None,
 ) -> None:
     """Fills a meta module from safetensors files whose keys `rename` maps to the module's (None: not needed).
 
@@ -162,7 +167,8 @@ def stream(
     names = {key: rename(key) for key in checkpoint}
     sources = {new: key for key, new in names.items() if new is not None}
     targets = [Target(key, shape, (Part(sources.get(key, key), shape),)) for key, shape in shapes(module).items()]
-    build(module, targets, checkpoint, device, dtype, skipped=[key for key, new in names.items() if new is None])
+    skipped = [key for key, new in names.items() if new is None]
+    build(module, targets, checkpoint, device, dtype, skipped, at_host)
 
 
 def build(
@@ -176,15 +182,14 @@ def build(
 ) -> None:
     """Fills a meta module with `targets`, made of the tensors of `checkpoint`, on `device` and in `dtype`.
 
-    Those whose key `at_host` picks stay in host memory, pinned where there is a GPU to copy them to. `skipped` are
-    keys of the files that are not needed. Integer tensors keep their dtype. Parameters do not require gradients.
+    Those whose key `at_host` picks stay in host memory. `skipped` are keys of the files that are not needed. Integer
+    tensors keep their dtype. Parameters do not require gradients.
     Raises InputError unless the files hold exactly what the targets are made of.
     """
     check(targets, checkpoint, skipped)
     for target in targets:
         stays = at_host is not None and at_host(target.key)
-        value = assemble(target, checkpoint.tensor, torch.device("cpu" if stays else device), dtype)
-        _put(module, target.key, value.pin_memory() if stays and torch.cuda.is_available() else value)
+        _put(module, target.key, assemble(target, checkpoint.tensor, torch.device("cpu" if stays else device), dtype))
 
 
 def check(targets: Iterable[Target], checkpoint: Checkpoint, skipped: Iterable[str] = ()) -> None:

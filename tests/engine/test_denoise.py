@@ -6,7 +6,7 @@ from torch import Tensor
 
 from step1x.engine.algebra import OFF
 from step1x.engine.connector import ConnectorConfig
-from step1x.engine.denoise import Branch, Guidance, branches, denoise, joined, velocities
+from step1x.engine.denoise import Branch, Guidance, Runner, branches, denoise, joined, velocities
 from step1x.engine.dit import DiT, DiTConfig, Request, Step, Text
 from step1x.engine.image import image_ids
 from step1x.engine.schedule import timesteps
@@ -192,7 +192,7 @@ def test_velocities_are_those_of_the_target_conditional_first() -> None:
     dit, (latents, reference) = transformer(DIFFUSERS), state()
     tokens, t = torch.cat((latents, reference), dim=1), torch.tensor([0.5])
     pair = forwards(dit, DIFFUSERS, [instruction(21)], [instruction(22)])
-    got = velocities(dit, pair, dit.img_in(tokens), 0, t)[:, :TARGET]
+    got = velocities(dit, pair, dit.img_in(tokens), (0, 1), t)[:, :TARGET]
     assert got.shape == (2, TARGET, 8)
     for index, branch in enumerate(pair):
         alone = dit.denoise(tokens, dit.condition(branch.request, t), branch.rope)[:, :TARGET]
@@ -304,3 +304,15 @@ def test_calls_share_nothing() -> None:
     pair = forwards(dit, OFFICIAL_V11, [instruction(21)], [instruction(22)])
     ends = [denoise(dit, pair, state(), timesteps(3, 1024), Guidance(6.0, 0.93), OFFICIAL_V11) for _ in range(2)]
     assert torch.equal(*ends)
+
+
+def test_a_coarse_velocity_runs_its_stretch_of_the_steps() -> None:
+    def exact(*_: object) -> Tensor:
+        raise NotImplementedError
+
+    def coarse(*_: object) -> Tensor:
+        raise NotImplementedError
+
+    runner = Runner(exact, coarse=coarse, stretch=(0.25, 0.75))
+    assert [runner.at(index / 4) for index in range(4)] == [exact, coarse, coarse, exact]
+    assert Runner(exact).at(0.5) is exact

@@ -1,6 +1,7 @@
 """The engine on a small random model of every preset, and on the bundled checkpoint."""
 
 import io
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from step1x.bench.counters import photograph
 from step1x.engine import Edit, Engine, edit
 from step1x.engine.dit import DiT
+from step1x.engine.embeddings import EmbeddingCache
 from step1x.engine.errors import InputError
 from step1x.engine.executor import Execution
+from step1x.engine.pipeline import EASINGS
 from step1x.engine.text import Conditioner
 from step1x.engine.timing import STAGES
 from step1x.engine.vae import VAE, VAEConfig
@@ -336,3 +340,59 @@ def test_the_bundled_checkpoint_edits_a_photograph(
     result.save(tmp_path / "out.png")
     reopened = Image.open(io.BytesIO((tmp_path / "out.png").read_bytes()))
     assert reopened.text["instruction"] == instruction  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to tell memory")
+def test_two_hundred_edits_leave_memory_flat() -> None:
+    """Of as many pictures, at three sizes."""
+    cache = EmbeddingCache(disk_bytes=0, memory_bytes=2_000_000)
+    engine, resident = Engine.load(device="cpu", cache=cache), []
+    for index in range(200):
+        shown = photograph(64 + 16 * (index % 3), 64, index)
+        engine.edit(shown, "make it darker", size=64, steps=1, seed=index)
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert max(resident[150:]) - max(resident[:50]) < 8_000_000  # one of these edits makes 5 MB of embeddings
+
+
+class Full:
+    """Stands in for a method that runs out of GPU memory in its first calls."""
+
+    def __init__(self, method: Callable[..., Any], times: int) -> None:
+        self.method, self.left = method, times
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self.left:
+            self.left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.method(*args, **options)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 4])
+def test_out_of_memory_is_eased_step_by_step(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Engine.load(device="cpu", cache=False).edit(photo(), "make it darker", seed=1, guidance=2.0)
+    engine = Engine.load(device="cpu", cache=False)
+    monkeypatch.setattr(engine.vae, "decode", Full(engine.vae.decode, times))
+    found = engine.edit(photo(), "make it darker", seed=1, guidance=2.0, branches="batched")
+    assert found.metadata["out_of_memory"] == ", ".join(EASINGS[:times])
+    assert difference(found.image, expected.image) <= 1
+    again = engine.edit(photo(), "make it darker", seed=1, guidance=2.0)  # by what it has learned
+    assert "out_of_memory" not in again.metadata
+    assert difference(again.image, expected.image) <= 1
+    assert "out_of_memory" not in expected.metadata
+
+
+def test_out_of_memory_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.load(device="cpu", cache=False)
+    monkeypatch.setattr(engine.vae, "decode", Full(engine.vae.decode, 9))
+    with pytest.raises(InputError, match=r"out of GPU memory at .* also after: autoencoder in strips, .*smaller size"):
+        engine.edit(photo(), "make it darker", seed=1, branches="sequential", guidance=2.0)
+
+
+def test_attention_in_8_bits_for_some_of_the_steps() -> None:
+    """As all of them would have it in the first half, as none would from there."""
+    results = {}
+    for name, stretch in {"none": None, "first": (0.0, 0.5), "all": (0.0, 1.0)}.items():
+        engine = Engine.load(device="cpu", cache=False, fp8_attention=stretch)
+        results[name] = engine.edit(photo(), "make it darker", seed=1, steps=2, size=64).image
+    assert 0 < difference(results["none"], results["first"]) <= 32
+    assert difference(results["first"], results["all"]) > 0

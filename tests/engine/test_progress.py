@@ -8,6 +8,14 @@ import pytest
 from step1x.engine.progress import Progress
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal():
+    """Background jobs of a shell ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("go_on", [lambda progress: progress.stage("denoise"), lambda progress: progress.step(1, 2)])
 def test_an_interrupt_that_was_swallowed_comes_again(go_on):
     with Progress(None) as progress:

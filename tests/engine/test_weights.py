@@ -17,6 +17,7 @@ from step1x.engine.folder import locate
 from step1x.engine.save import save
 from step1x.engine.vae import VAE, VAEConfig
 from step1x.engine.weights import Components, build_dit, build_vae, load, shapes, stream
+from step1x.profiles import Residency
 from step1x.training.tokenizer import (
     count_template_tokens,
     save_text_model,
@@ -48,7 +49,8 @@ def test_both_layouts_give_one_model(official: Make, diffusers: Make) -> None:
 
 def test_modulations_can_stay_in_host_memory(official: Make) -> None:
     """The meta device stands for a GPU."""
-    dit = build_dit(locate(official()), fp32_norms=True, device="meta", dtype=torch.float32, host_modulation=True)
+    away = Residency(folded="host")
+    dit = build_dit(locate(official()), fp32_norms=True, device="meta", dtype=torch.float32, residency=away)
     stays = {name for name, parameter in dit.named_parameters() if parameter.device.type == "cpu"}
     assert stays == {name for name, _ in dit.named_parameters() if is_modulation(name)}
     assert {name.split(".")[-2] for name in stays} == {"lin", "1"}
