@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 ALIGNMENT = 256  # bytes: of each tensor within its block, as CUDA aligns what it reserves
 PARTS = ("text", "vision", "vae")
 RESIDENT = Residency()
+EMBEDDINGS = "embed_tokens."  # of the language model
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,15 @@ class Packed:
 
 
 class Visiting:
-    """A module that is brought to the device as a whole, and dropped when the last of its users has left."""
+    """A module that is brought to the device as a whole, and dropped when the last of its users has left.
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._packed = Packed(module)
+    without: names of tensors that are left where they are.
+    """
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, without: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        self._packed = Packed(module, without)
         self._device = device
         self._users = 0
         self._lock = threading.Lock()
@@ -215,11 +222,14 @@ class Home:
         if how == "evict":
             self._away[part] = Visiting(self._parts[part], self._device).using
         elif how == "stream":
-            blocks = list(_blocks(self._parts[part]))
+            module = self._parts[part]
+            name, blocks = _blocks(module)
             stream = Stream(blocks, self._device, around=False)
             for block in blocks:
                 _while_running(block, stream)
-            self._away[part] = stream.running
+            # The few tensors around the blocks come as a whole; of the embeddings an edit needs some hundred rows.
+            rest = Visiting(module, self._device, without=lambda key: key.startswith((f"{name}.", EMBEDDINGS)))
+            self._away[part] = partial(_both, rest, stream)
 
     def stream_dit(self, count: int) -> None:
         """Streams `count` of the transformer's blocks, evenly spaced."""
@@ -234,9 +244,16 @@ def _of_modulation(name: str) -> bool:
     return is_modulation(f"block.{name}")
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a vision tower or a language model (names of transformers' Qwen2.5-VL)."""
-    yield from getattr(model, "layers" if hasattr(model, "layers") else "blocks")
+@contextmanager
+def _both(rest: Visiting, stream: Stream) -> Iterator[None]:
+    with rest.using(), stream.running():
+        yield
+
+
+def _blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The blocks of a vision tower or a language model, and the name of their list (transformers' Qwen2.5-VL)."""
+    name = "layers" if hasattr(model, "layers") else "blocks"
+    return name, list(getattr(model, name))
 
 
 def _while_running(block: nn.Module, stream: Stream) -> None:
@@ -268,14 +285,7 @@ def dit_at_host(residency: Residency, depth: int, depth_single: int) -> Callable
 
 
 def text_at_host(residency: Residency) -> Callable[[str], bool]:
-    """The same of the text model: a streamed language model keeps its embeddings and its last norm on the device."""
-    prefixes = {
-        ("text", "evict"): ("language_model.",),
-        ("text", "stream"): ("language_model.layers.",),
-        ("vision", "evict"): ("visual.",),
-        ("vision", "stream"): ("visual.blocks.",),
-    }
-    away = tuple(
-        prefix for (part, how), found in prefixes.items() for prefix in found if getattr(residency, part) == how
-    )
+    """The same of the text model."""
+    prefixes = {"text": "language_model.", "vision": "visual."}
+    away = tuple(prefix for part, prefix in prefixes.items() if getattr(residency, part) != "resident")
     return lambda key: bool(away) and key.startswith(away)

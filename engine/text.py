@@ -140,9 +140,11 @@ class Conditioner:
         tokens = self.tokens.tokenise(prompt, grid.rows * grid.columns)
         # Attention is causal: what lies behind the last kept row cannot reach it, so it is not computed.
         kept = slice(variant.template_tokens, variant.template_tokens + variant.text_tokens)
-        ids = torch.tensor(tokens.ids[: kept.stop], device=self.device)
+        listed = torch.tensor(tokens.ids[: kept.stop])
+        ids = listed.to(self.device)
         is_picture = ids == self.tokens.image_pad
-        embeds = self.model.language_model.embed_tokens(ids)
+        table = self.model.language_model.embed_tokens.weight  # of a streamed model, in host memory
+        embeds = F.embedding(ids if table.device == ids.device else listed, table).to(self.device)
         embeds[is_picture] = seen.features[: int(is_picture.sum())].to(embeds.dtype)
         positions = rope_positions(ids, self.tokens.image_pad, grid)
         if share:
