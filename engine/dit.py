@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step1x.engine.connector import Connector, ConnectorConfig, PreparedText, sinusoid, wide
+from step1x.quant.linear import product_of_rows
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (batch or 1, 1, tokens, head_dim / 2)
 
@@ -88,8 +89,11 @@ class Embedder(nn.Module):
 
 def project(vec: Tensor, linear: nn.Linear) -> Tensor:
     """(batch, 1, out) of SiLU(vec). The weights may lie in host memory: they are copied for the call."""
-    weight, bias = (part.to(vec.device, non_blocking=True) for part in (linear.weight, linear.bias))
-    return F.linear(F.silu(vec), weight, bias)[:, None]
+    if linear.weight.device == vec.device:
+        return linear(F.silu(vec))[:, None]
+    held = [*linear.named_parameters(), *linear.named_buffers()]
+    copied = {name: part.to(vec.device, non_blocking=True) for name, part in held}
+    return torch.func.functional_call(linear, copied, F.silu(vec))[:, None]
 
 
 class Modulation(nn.Module):
@@ -229,10 +233,9 @@ class SingleBlock(nn.Module):
         shift, scale, gate = mod.chunk(3, dim=-1)
         normed = modulate(x, shift, scale, self.fp32_norms)
         width = x.shape[-1]
-        weights, biases = self.linear1.weight, self.linear1.bias
-        k, v = F.linear(normed, weights[width : 3 * width], biases[width : 3 * width]).chunk(2, dim=-1)
-        q = F.linear(normed[:, kept], weights[:width], biases[:width])
-        hidden = F.linear(normed[:, kept], weights[3 * width :], biases[3 * width :])
+        k, v = product_of_rows(self.linear1, normed, slice(width, 3 * width)).chunk(2, dim=-1)
+        q = product_of_rows(self.linear1, normed[:, kept], slice(width))
+        hidden = product_of_rows(self.linear1, normed[:, kept], slice(3 * width, None))
         q, k, v = (rows.unflatten(-1, (self.heads, -1)).transpose(1, 2) for rows in (q, k, v))
         q, k = self.norm.query_norm(q), self.norm.key_norm(k)
         cos, sin = (table[..., kept, :] for table in rope)

@@ -1,30 +1,53 @@
 """The blocks of dit.py through the operations of kernels/: the same function in a seventh of the launches.
 
 A residual connection, the next block's normalisation and its modulation are one operation; so are both norms, both
-rotations and the layout of queries and keys; GELU writes where the next product reads. On a CPU the operations run
-their references.
+rotations and the layout of queries and keys; GELU writes where the next product reads. What an fp8 layer takes leaves
+the operation before it as e4m3 values with their scales. On a CPU the operations run their references.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from step1x.engine.dit import DiT, DoubleBlock, Modulations, QKNorm, Rope, SingleBlock, Step
-from step1x.kernels.adaln import adaln_op
+from step1x.kernels.adaln import adaln_fp8_op, adaln_op
 from step1x.kernels.attention import attention_op
 from step1x.kernels.attention_backends import Attention
-from step1x.kernels.gated_residual import gated_residual_adaln_op, gated_residual_op
-from step1x.kernels.gelu_quant import gelu_join_op
+from step1x.kernels.gated_residual import gated_residual_adaln_fp8_op, gated_residual_adaln_op, gated_residual_op
+from step1x.kernels.gelu_quant import gelu_join_op, gelu_quant_op
 from step1x.kernels.launch import Op
 from step1x.kernels.qk_norm_rope import qk_norm_rope_op
+from step1x.quant.linear import QuantizedLinear, Rows, product_of_rows
 
 Choose = Callable[[Op], Callable[..., Any]]  # what runs an operation: its kernel or its reference
 Attend = Callable[[tuple[int, int] | None], Attention]  # of the keys that may carry a bias; None: any may
 Keys = tuple[Attention, Tensor | None]  # the attention, and its bias (batch, T + N)
-Pair = tuple[Tensor, Tensor]  # rows (batch, tokens, width), and their modulated norm
+Pair = tuple[Tensor, Rows]  # rows (batch, tokens, width), and their modulated norm as the layer behind takes it
+
+
+class Feed(NamedTuple):
+    """The operations before a product, whose results are what the layer takes."""
+
+    adaln: Callable[..., Rows]
+    residual_adaln: Callable[..., Pair]
+    gelu_join: Callable[..., Rows]
+
+
+Ahead = tuple[Tensor, Feed]  # of the next block: its modulation, and what feeds its first layer
+
+
+def fp8_feed(choose: Choose) -> Feed:
+    """The operations that quantise what they write."""
+    residual_adaln = choose(gated_residual_adaln_fp8_op)
+
+    def paired(*given: Any) -> Pair:
+        rows, values, scales = residual_adaln(*given)
+        return rows, (values, scales)
+
+    return Feed(choose(adaln_fp8_op), paired, choose(gelu_quant_op))
 
 
 class Fused:
@@ -38,10 +61,9 @@ class Fused:
         self._attentions: dict[tuple[int, int] | None, Attention] = {}
         self.fp32 = dit.final_layer.fp32_norms
         self.heads = dit.config.heads
-        self.adaln = choose(adaln_op)
         self.residual = choose(gated_residual_op)
-        self.residual_adaln = choose(gated_residual_adaln_op)
-        self.gelu_join = choose(gelu_join_op)
+        self.plain = Feed(choose(adaln_op), choose(gated_residual_adaln_op), choose(gelu_join_op))
+        self.fp8 = fp8_feed(choose)
         self.qk_norm_rope = choose(qk_norm_rope_op)
         self.double = list(cast("Iterable[DoubleBlock]", dit.double_blocks))
         self.single = list(cast("Iterable[SingleBlock]", dit.single_blocks))
@@ -50,6 +72,10 @@ class Fused:
             (norms(block.img_attn.norm).to(place), norms(block.txt_attn.norm).to(place)) for block in self.double
         ]
         self.single_norms = [norms(block.norm).to(place) for block in self.single]
+
+    def feed(self, layer: nn.Module) -> Feed:
+        """What makes the rows that a layer takes."""
+        return self.fp8 if isinstance(layer, QuantizedLinear) and layer.scheme == "fp8" else self.plain
 
     def velocity(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
         """As `DiT.velocity`: (batch, kept or N, out_channels) at image rows (batch, N, width)."""
@@ -72,9 +98,13 @@ class Fused:
         """Text and image rows (batch, T + N, width) behind all double blocks."""
         if not self.double:
             return torch.cat((txt, img), dim=1)
-        image, text = self.enter(img, mods.double[0][0]), self.enter(txt, mods.double[0][1])
+        firsts = [
+            ((image, self.feed(block.img_attn.qkv)), (text, self.feed(block.txt_attn.qkv)))
+            for block, (image, text) in zip(self.double, mods.double, strict=True)
+        ]
+        image, text = self.enter(img, *firsts[0][0]), self.enter(txt, *firsts[0][1])
         for index, (block, scales) in enumerate(zip(self.double, self.double_norms, strict=True)):
-            ahead = mods.double[index + 1] if index + 1 < len(self.double) else (None, None)
+            ahead = firsts[index + 1] if index + 1 < len(self.double) else (None, None)
             with self.dit.present(block):
                 image, text = self.double_block(block, scales, image, text, mods.double[index], ahead, rope, keys)
         return torch.cat((text[0], image[0]), dim=1)
@@ -83,17 +113,18 @@ class Fused:
         """Rows `image` behind all single blocks; the last one computes no others."""
         if not self.single:
             return rows[:, image]
-        pair = self.enter(rows, mods.single[0])
+        firsts = [(mod, self.feed(block.linear1)) for block, mod in zip(self.single, mods.single, strict=True)]
+        pair = self.enter(rows, *firsts[0])
         for index, (block, scales) in enumerate(zip(self.single[:-1], self.single_norms, strict=False)):
             with self.dit.present(block):
-                pair = self.single_block(block, scales, pair, mods.single[index], mods.single[index + 1], rope, keys)
+                pair = self.single_block(block, scales, pair, mods.single[index], firsts[index + 1], rope, keys)
         with self.dit.present(self.single[-1]):
             return self.last_block(self.single[-1], self.single_norms[-1], pair, mods.single[-1], rope, keys, image)
 
-    def enter(self, rows: Tensor, mod: Tensor) -> Pair:
+    def enter(self, rows: Tensor, mod: Tensor, feed: Feed) -> Pair:
         """Rows with the first norm of a block, whose modulation begins with shift and scale."""
         width = rows.shape[-1]
-        return rows, self.adaln(rows, mod[..., :width], mod[..., width : 2 * width], self.fp32)
+        return rows, feed.adaln(rows, mod[..., :width], mod[..., width : 2 * width], self.fp32)
 
     def double_block(
         self,
@@ -102,7 +133,7 @@ class Fused:
         image: Pair,
         text: Pair,
         mods: tuple[Tensor, Tensor],
-        ahead: tuple[Tensor, Tensor] | tuple[None, None],
+        ahead: tuple[Ahead, Ahead] | tuple[None, None],
         rope: Rope,
         keys: Keys,
     ) -> tuple[Pair, Pair]:
@@ -117,22 +148,22 @@ class Fused:
         text = self._finish(text[0], block.txt_attn.proj(txt), block.txt_mlp, mods[1], ahead[1])
         return image, text
 
-    def _finish(self, rows: Tensor, change: Tensor, mlp: Any, mod: Tensor, ahead: Tensor | None) -> Pair:
+    def _finish(self, rows: Tensor, change: Tensor, mlp: Any, mod: Tensor, ahead: Ahead | None) -> Pair:
         """Both residual connections of a stream, the MLP between them."""
         _, _, gate, shift, scale, second = mod.chunk(6, dim=-1)
-        rows, normed = self.residual_adaln(rows, gate, change, False, shift, scale, self.fp32)
-        change = mlp[2](self.gelu_join(None, mlp[0](normed)))
+        rows, normed = self.feed(mlp[0]).residual_adaln(rows, gate, change, False, shift, scale, self.fp32)
+        change = mlp[2](self.feed(mlp[2]).gelu_join(None, mlp[0](normed)))
         return self._leave(rows, second, change, self.fp32, ahead)
 
-    def _leave(self, rows: Tensor, gate: Tensor, change: Tensor, once: bool, ahead: Tensor | None) -> Pair:
+    def _leave(self, rows: Tensor, gate: Tensor, change: Tensor, once: bool, ahead: Ahead | None) -> Pair:
         """rows + gate * change, and its norm under the modulation of the block ahead, if there is one."""
         if ahead is None:
             rows = self.residual(rows, gate, change, once)
             return rows, rows
+        mod, feed = ahead
         width = rows.shape[-1]
-        shift, scale = ahead[..., :width], ahead[..., width : 2 * width]
-        out: Pair = self.residual_adaln(rows, gate, change, once, shift, scale, self.fp32)
-        return out
+        shift, scale = mod[..., :width], mod[..., width : 2 * width]
+        return feed.residual_adaln(rows, gate, change, once, shift, scale, self.fp32)
 
     def single_block(
         self,
@@ -140,7 +171,7 @@ class Fused:
         scales: Tensor,
         pair: Pair,
         mod: Tensor,
-        ahead: Tensor,
+        ahead: Ahead,
         rope: Rope,
         keys: Keys,
     ) -> Pair:
@@ -151,7 +182,7 @@ class Fused:
         q, k, v = self.qk_norm_rope(qkv, None, scales, None, *rope, self.heads)
         attended = attend(q, k, v, bias)
         del q, k, v  # what follows is where a step needs most memory
-        joined = self.gelu_join(attended, hidden)
+        joined = self.feed(block.linear2).gelu_join(attended, hidden)
         del wide, qkv, hidden, attended
         return self._leave(pair[0], mod.chunk(3, dim=-1)[2], block.linear2(joined), False, ahead)
 
@@ -168,16 +199,18 @@ class Fused:
         """The last single block, for the rows `image`: all rows are keys and values, but only those are queries."""
         rows, normed = pair
         outer = block.split[0]  # rows of the weights that make q, k and v
-        qkv = F.linear(normed, block.linear1.weight[:outer], block.linear1.bias[:outer])
-        hidden = F.linear(normed[:, image], block.linear1.weight[outer:], block.linear1.bias[outer:])
+        qkv = product_of_rows(block.linear1, normed, slice(outer))
+        kept = normed[:, image] if isinstance(normed, Tensor) else (normed[0][:, image], normed[1][:, image])
+        hidden = product_of_rows(block.linear1, kept, slice(outer, None))
         q, k, v = self.qk_norm_rope(qkv, None, scales, None, *rope, self.heads)
         attend, bias = keys
-        change = block.linear2(self.gelu_join(attend(q[:, :, image], k, v, bias), hidden))
+        joined = self.feed(block.linear2).gelu_join(attend(q[:, :, image], k, v, bias), hidden)
+        change = block.linear2(joined)
         return self._leave(rows[:, image], mod.chunk(3, dim=-1)[2], change, False, None)[0]
 
     def final_block(self, rows: Tensor, mod: Tensor) -> Tensor:
         """Velocity at the rows behind all blocks."""
-        return self.dit.final_layer.linear(self.enter(rows, mod)[1])
+        return self.dit.final_layer.linear(self.enter(rows, mod, self.plain)[1])
 
 
 def norms(norm: QKNorm) -> Tensor:

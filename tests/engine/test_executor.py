@@ -17,6 +17,8 @@ from step1x.engine.caches import cache_folder
 from step1x.engine.dit import DiT
 from step1x.engine.executor import Replay, assembled, compile_blocks, keep_compiled, leaves
 from step1x.engine.fused import Fused
+from step1x.quant.linear import quantise_layers
+from step1x.quant.schemes import Scheme
 
 COUNT = 12  # image rows of `step_arguments`
 Build = Callable[..., DiT]
@@ -128,3 +130,15 @@ def test_the_second_process_starts_warm(tmp_path: Path) -> None:
     assert libraries[0]
     assert libraries[1] == libraries[0]  # nothing went through the C++ compiler again
     assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "int4-weight"])
+def test_blocks_with_quantised_layers_compile(small_dit: Build, step_arguments: Arguments, scheme: Scheme) -> None:
+    dit = small_dit(3, 3, dtype=torch.float32)
+    quantise_layers(dit, "dit", scheme)
+    given, fused = step_arguments(dit), Fused(dit)
+    wanted = fused.velocity(*given, COUNT // 2)
+    compile_blocks(fused, backend="eager")
+    assert error(fused.velocity(*given, COUNT // 2), wanted) < 1e-5
+    assert sum(counters["graph_break"].values()) == 0
+    assert counters["stats"]["unique_graphs"] <= 8

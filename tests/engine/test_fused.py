@@ -9,6 +9,8 @@ from torch import Tensor
 from step1x.bench.counting import Launches
 from step1x.engine.dit import DiT
 from step1x.engine.fused import Fused
+from step1x.quant.linear import QuantizedLinear, quantise_layers
+from step1x.quant.schemes import SCHEMES, Scheme
 
 COUNT = 12  # image rows of `step_arguments`
 Build = Callable[..., DiT]
@@ -61,3 +63,57 @@ def test_a_fraction_of_the_launches(small_dit: Build, step_arguments: Arguments)
             run(*given, COUNT // 2)
         counts.append(launches.total)
     assert counts[0] > 4 * counts[1], counts
+
+
+def quantised(dit: DiT, scheme: Scheme) -> DiT:
+    assert quantise_layers(dit, "dit", scheme)
+    return dit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fp32_norms", [True, False])
+def test_fp8_layers_are_fed_what_they_would_make(
+    small_dit: Build, step_arguments: Arguments, dtype: torch.dtype, fp32_norms: bool
+) -> None:
+    """Bit for bit what the plain operations and a quantisation in each layer give."""
+    dit = quantised(small_dit(dtype=dtype, fp32_norms=fp32_norms), "fp8")
+    given = step_arguments(dit)
+    fused, apart = Fused(dit), Fused(dit)
+    apart.fp8 = apart.plain
+    for kept in (None, COUNT // 2):
+        assert torch.equal(fused.velocity(*given, kept), apart.velocity(*given, kept))
+
+
+def test_only_what_attention_gives_is_quantised_apart(
+    small_dit: Build, step_arguments: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dit = quantised(small_dit(3, 2, dtype=torch.float32), "fp8")
+    given, calls, quantise = step_arguments(dit), [], QuantizedLinear._quantised
+
+    def counted(layer: QuantizedLinear, rows: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(layer)
+        return quantise(layer, rows)
+
+    monkeypatch.setattr(QuantizedLinear, "_quantised", counted)
+    Fused(dit).velocity(*given)
+    assert calls == [attn.proj for block in dit.double_blocks for attn in (block.img_attn, block.txt_attn)]
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "plain"])
+def test_equals_the_plain_blocks_with_quantised_layers(
+    small_dit: Build, step_arguments: Arguments, scheme: Scheme
+) -> None:
+    dit = quantised(small_dit(dtype=torch.float32), scheme)
+    given = step_arguments(dit)
+    bound = 0.05 if scheme in ("fp8", "int8") else 1e-4  # a rounding apart may be a step of 8 bits apart
+    for kept in (None, COUNT // 2):
+        assert error(Fused(dit).velocity(*given, kept), dit.velocity(*given, kept)) < bound
+
+
+def test_blocks_may_differ_in_scheme(small_dit: Build, step_arguments: Arguments) -> None:
+    dit = small_dit(dtype=torch.float32)
+    given = step_arguments(dit)
+    wanted = dit.velocity(*given)
+    for name in ("double_blocks.1.img_attn.qkv", "double_blocks.0.txt_mlp.2", "single_blocks.1.linear1"):
+        dit.set_submodule(name, QuantizedLinear.of("fp8", dit.get_submodule(name)))
+    assert 0 < error(Fused(dit).velocity(*given), wanted) < 0.1
