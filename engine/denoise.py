@@ -6,6 +6,7 @@ latents too, unless it is left to each step (algebra.py). All state is local to 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -131,21 +132,39 @@ def velocities(
     return torch.cat(made) if len(made) > 1 else made[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """What the steps of a request are made of, besides its latents.
+
+    schedule: (steps + 1,) noise levels to 0; guidance None: the branches hold conditional rows only.
+    """
+
+    forwards: Sequence[Branch]
+    schedule: Tensor
+    guidance: Guidance | None
+    variant: Variant
+    algebra: Algebra = ON
+
+    def exactly(self, dit: DiT, first: int) -> Self:
+        """The steps from `first` on, counted from 0, without coarse arithmetic."""
+        runners = [replace(branch.runner, velocity=dit.velocity, coarse=None) for branch in self.forwards]
+        forwards = [replace(branch, runner=own) for branch, own in zip(self.forwards, runners, strict=True)]
+        return replace(self, forwards=forwards, schedule=self.schedule[first:])
+
+
 def denoise(
     dit: DiT,
-    forwards: Sequence[Branch],
+    loop: Loop,
     state: tuple[Tensor, Tensor | None],
-    schedule: Tensor,
-    guidance: Guidance | None,
-    variant: Variant,
     on_step: OnStep | None = None,
-    algebra: Algebra = ON,
+    trail: list[Tensor] | None = None,
 ) -> Tensor:
-    """Latent tokens (batch, Nt, 64) at the end of `schedule`.
+    """Latent tokens (batch, Nt, 64) at the end of the schedule; those after each step are added to `trail`.
 
-    state: noisy target tokens (batch, Nt, 64) and reference tokens of the same shape, None for text to image;
-    schedule: (steps + 1,) from noise to 0; guidance None: the branches hold conditional rows only.
+    state: noisy target tokens (batch, Nt, 64) and reference tokens of the same shape, None for text to image.
     """
+    forwards, schedule, guidance, variant = loop.forwards, loop.schedule, loop.guidance, loop.variant
+    algebra = loop.algebra
     latents, reference = state
     target = latents.shape[1]
     latents = latents.to(dit.dtype)
@@ -167,6 +186,8 @@ def denoise(
             rescaled = now > guidance.rescale_above
             cfg_step = forwards[0].runner.cfg_step or _cfg_step
             latents = cfg_step(latents, prediction, guidance.scale, following - now, rescaled, variant.dtype_flow)
+        if trail is not None:
+            trail.append(latents)
         if on_step is not None:
             on_step(index + 1, len(schedule) - 1)
     return latents

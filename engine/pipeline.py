@@ -5,7 +5,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from step1x.engine import image as pictures
 from step1x.engine.algebra import OFF, ON, Algebra
-from step1x.engine.denoise import Guidance, branches, denoise
+from step1x.engine.denoise import Guidance, Loop, branches, denoise
 from step1x.engine.embeddings import CachedConditioner, EmbeddingCache
 from step1x.engine.errors import InputError
 from step1x.engine.executor import DEFAULT, Execution, prepared, stepper
+from step1x.engine.health import first_lost, is_flat
 from step1x.engine.image import Canvas
 from step1x.engine.picture import Picture, Source, open_picture, save_picture
 from step1x.engine.pixels import attach_alpha
@@ -27,6 +28,7 @@ from step1x.engine.timing import OnStep, Recorder
 from step1x.engine.variants import NEGATIVE_T2I
 from step1x.engine.weights import Components, load
 from step1x.profiles import Residency, default_profile, load_profile
+from step1x.quant.linear import dynamic, exactly
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +61,9 @@ class Edit:
     seed: int
     timings: dict[str, float]  # seconds per stage of timing.STAGES; "save" is there once it was saved
     steps: list[float]  # seconds per denoise step
-    metadata: dict[str, str | int | float]  # instruction, seed, steps, guidance, size, model, digest, out_of_memory
+    metadata: dict[
+        str, str | int | float
+    ]  # instruction, seed, steps, guidance, size, model, digest, and what went wrong
 
     def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = True) -> None:
         """Write PNG, JPEG or WebP, whole or not at all; a PNG carries `metadata`. Raises InputError."""
@@ -119,6 +123,14 @@ class Noise:
         return cls(*(torch.randn(shape, generator=generator) for _ in range(2)))
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Pictures (batch, 3, height, width), nominally in [-1, 1], and what metadata say of how they came about."""
+
+    pixels: Tensor
+    notes: dict[str, str | int | float] = field(default_factory=dict)
+
+
 class Engine:
     """A loaded model. Calls share nothing but its weights, so threads may use one engine or several at a time."""
 
@@ -141,6 +153,7 @@ class Engine:
         self._home = Home(components, residency, components.dit.device)
         self._execution = execution
         self._runner = prepared(components, execution)
+        self._coarse = bool(execution.fp8_attention or execution.attention == "fp8" or dynamic(components.dit))
 
     @classmethod
     def load(
@@ -241,16 +254,18 @@ class Engine:
         with recorder.stage("preprocess"):
             opened = [open_picture(source) for source in sources]
             canvas = self._canvas(opened, wanted.size)
-        made, eased = self._fitted(
+        made = self._fitted(
             lambda options: self._sample(opened, list(instructions), drawn, canvas, options, recorder, on_step),
             wanted,
             canvas,
         )
         with recorder.stage("postprocess"):
-            images = [self._finished(pixels, source) for pixels, source in zip(made, opened, strict=True)]
-        facts = [self._metadata(words, seed, wanted) | eased for words, seed in zip(instructions, drawn, strict=True)]
+            images = [self._finished(pixels, source) for pixels, source in zip(made.pixels, opened, strict=True)]
+        facts = [
+            self._metadata(words, seed, wanted) | made.notes for words, seed in zip(instructions, drawn, strict=True)
+        ]
         return [
-            Edit(image, seed, recorder.seconds, recorder.steps, fact)
+            Edit(image, seed, recorder.seconds, recorder.steps, fact | made.notes)
             for image, seed, fact in zip(images, drawn, facts, strict=True)
         ]
 
@@ -274,12 +289,12 @@ class Engine:
         drawn = checked_seed(seed)
         recorder = Recorder(self.device)
         canvas = Canvas(width, height)
-        made, eased = self._fitted(
+        made = self._fitted(
             lambda options: self._sample(None, [prompt], [drawn], canvas, options, recorder, on_step), wanted, canvas
         )
         with recorder.stage("postprocess"):
-            image = pictures.to_image(made[0], self.variant.truncate_output)
-        return Edit(image, drawn, recorder.seconds, recorder.steps, self._metadata(prompt, drawn, wanted) | eased)
+            image = pictures.to_image(made.pixels[0], self.variant.truncate_output)
+        return Edit(image, drawn, recorder.seconds, recorder.steps, self._metadata(prompt, drawn, wanted) | made.notes)
 
     def _canvas(self, opened: Sequence[Picture], size: int | None) -> Canvas:
         level = self.variant.size if size is None else size
@@ -289,9 +304,7 @@ class Engine:
             raise InputError(f"pictures of one batch must come out at one size, these at {sizes}")
         return canvases.pop()
 
-    def _fitted(
-        self, sample: Callable[[Options], Tensor], options: Options, canvas: Canvas
-    ) -> tuple[Tensor, dict[str, str | int | float]]:
+    def _fitted(self, sample: Callable[[Options], Sampled], options: Options, canvas: Canvas) -> Sampled:
         """`sample`, and again by each of EASINGS that is left, until it fits GPU memory; metadata names those taken.
 
         Size and precision stay what they are. Raises InputError if it does not fit after all.
@@ -300,7 +313,8 @@ class Engine:
         left = list(EASINGS)
         while True:
             try:
-                return sample(options), {"out_of_memory": ", ".join(taken)} if taken else {}
+                made = sample(options)
+                return replace(made, notes=made.notes | {"out_of_memory": ", ".join(taken)}) if taken else made
             except torch.OutOfMemoryError:
                 pass  # what it holds is freed with it
             gc.collect()
@@ -347,13 +361,37 @@ class Engine:
         options: Options,
         recorder: Recorder,
         on_step: OnStep | None,
-    ) -> Tensor:
-        """Decoded pictures (batch, 3, height, width), nominally in [-1, 1]; `opened` None is text to image."""
+    ) -> Sampled:
+        """The edited pictures; `opened` None is text to image."""
+        loop, state = self._prepare(opened, instructions, seeds, canvas, options, recorder)
+        trail: list[Tensor] = []
+        pixels = self._run(loop, state, canvas, recorder, on_step, trail)
+        if not self._coarse:
+            return Sampled(pixels)
+        lost = first_lost(trail)
+        if lost is None and not is_flat(pixels):
+            return Sampled(pixels)
+        first, steps = lost or 0, len(trail)
+        with exactly(self.dit):
+            again = (trail[first - 1] if first else state[0], state[1])
+            pixels = self._run(loop.exactly(self.dit, first), again, canvas, recorder, on_step)
+        why = "a picture of one colour" if lost is None else "a number out of range"
+        return Sampled(pixels, {"rerun": f"steps {first + 1} to {steps} without 8-bit arithmetic: it made {why}"})
+
+    def _prepare(
+        self,
+        opened: Sequence[Picture] | None,
+        instructions: list[str],
+        seeds: list[int],
+        canvas: Canvas,
+        options: Options,
+        recorder: Recorder,
+    ) -> tuple[Loop, tuple[Tensor, Tensor | None]]:
+        """The loop of a request, and the tokens that it starts from: noisy ones, and the reference's."""
         steps = self.variant.steps if options.steps is None else options.steps
         scale = self.variant.guidance if options.guidance is None else options.guidance
         guided = scale > 1
-        channels = self.vae.config.z_channels
-        noise = [Noise.draw(seed, canvas, channels) for seed in seeds]
+        noise = [Noise.draw(seed, canvas, self.vae.config.z_channels) for seed in seeds]
         with recorder.stage("encode_text"):
             negative = options.negative_prompt if guided else None
             groups = self._conditionings(opened, instructions, negative, canvas, options.algebra.share)
@@ -364,27 +402,29 @@ class Engine:
             schedule = timesteps(steps, canvas.tokens, options.strength if latents is not None else None)
             if options.strength is not None and latents is not None:
                 state = schedule[0].item() * state + (1 - schedule[0].item()) * latents
-            reference = None if latents is None else pictures.pack(latents)
             ids = pictures.image_ids(canvas.grid, None if latents is None else self.variant.reference_ids)
             batched = self.variant.batched_guidance if options.branches is None else options.branches == "batched"
             runner = self._runner if options.algebra.fuse else None
             forwards = branches(self.dit, groups, ids, batched, options.algebra, runner)
             guidance = Guidance(scale, self.variant.rescale_above) if guided else None
+            loop = Loop(forwards, schedule, guidance, self.variant, options.algebra)
+        return loop, (pictures.pack(state), None if latents is None else pictures.pack(latents))
+
+    def _run(
+        self,
+        loop: Loop,
+        state: tuple[Tensor, Tensor | None],
+        canvas: Canvas,
+        recorder: Recorder,
+        on_step: OnStep | None,
+        trail: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Decoded pictures (batch, 3, height, width), nominally in [-1, 1]."""
         with recorder.stage("denoise"), self._home.denoising():
             recorder.step()
-            tokens = denoise(
-                self.dit,
-                forwards,
-                (pictures.pack(state), reference),
-                schedule,
-                guidance,
-                self.variant,
-                recorder.listening(on_step),
-                options.algebra,
-            )
+            tokens = denoise(self.dit, loop, state, recorder.listening(on_step), trail)
         with recorder.stage("decode"), self._home.using("vae"):
-            decoded = self.vae.decode(pictures.unpack(tokens, canvas.grid).float())
-        return decoded
+            return self.vae.decode(pictures.unpack(tokens, canvas.grid).float())
 
     def _conditionings(
         self,

@@ -1,5 +1,7 @@
 """Linear layers with quantised weights, and what puts them into a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -12,10 +14,20 @@ from step1x.quant.rules import Component, rules
 from step1x.quant.schemes import Scheme, fits, layout
 from step1x.quant.weights import dequantise, quantise, quantise_int8
 
-__all__ = ["QuantizedLinear", "Rows", "product_of_rows", "quantise", "quantise_layers", "swap"]
+__all__ = [
+    "QuantizedLinear",
+    "Rows",
+    "dynamic",
+    "exactly",
+    "product_of_rows",
+    "quantise",
+    "quantise_layers",
+    "swap",
+]
 
 Rows = Tensor | tuple[Tensor, Tensor]  # (..., in), or for fp8 e4m3 values (..., in) and float32 scales (..., 1)
 ALL = slice(None)
+DYNAMIC = ("fp8", "int8")  # schemes that quantise the rows that come in
 
 
 class QuantizedLinear(nn.Module):
@@ -34,6 +46,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.dtype = dtype
+        self.exact = False  # rows that come in are not quantised: for `exactly`
         self.parts = tuple(parts)
         for name, part in parts.items():
             self.register_buffer(name, part)
@@ -70,7 +83,7 @@ class QuantizedLinear(nn.Module):
         # A scalar is for all rows of the weight.
         parts = {name: part[outputs] if part.ndim else part for name in self.parts for part in [getattr(self, name)]}
         bias = None if self.bias is None else self.bias[outputs]
-        if self.scheme not in ("fp8", "int8"):
+        if self.scheme not in DYNAMIC or (self.exact and isinstance(rows, Tensor)):
             assert isinstance(rows, Tensor)
             return F.linear(rows, dequantise(self.scheme, parts, self.dtype), bias)
         quantised = rows if isinstance(rows, tuple) else self._quantised(rows)
@@ -84,6 +97,27 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def dynamic(module: nn.Module) -> list[QuantizedLinear]:
+    """The layers of a module that quantise the rows that come in."""
+    return [layer for layer in module.modules() if isinstance(layer, QuantizedLinear) and layer.scheme in DYNAMIC]
+
+
+@contextmanager
+def exactly(module: nn.Module) -> Iterator[None]:
+    """Within it no layer of a module quantises rows: weights are dequantised, products are in the compute dtype.
+
+    Slow. What other threads run in the module meanwhile may be exact as well.
+    """
+    layers = dynamic(module)
+    for layer in layers:
+        layer.exact = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.exact = False
 
 
 def product_of_rows(layer: nn.Linear | QuantizedLinear, rows: Rows, outputs: slice) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from step1x.bench.pretend import Pretend
 from step1x.engine.algebra import OFF, ON, collapse, fold, spread
 from step1x.engine.connector import ConnectorConfig
-from step1x.engine.denoise import Guidance, Runner, branches, denoise, joined
+from step1x.engine.denoise import Guidance, Loop, Runner, branches, denoise, joined
 from step1x.engine.dit import DiT, DiTConfig, Text, is_modulation
 from step1x.engine.fused import Fused
 from step1x.engine.image import image_ids
@@ -159,12 +159,12 @@ def test_each_over_a_trajectory(name: str) -> None:
     for row in PADDED:
         dit, guidance = transformer(row), Guidance(3.0, row.rescale_above)
         ids, schedule = image_ids(GRID, row.reference_ids), timesteps(6, 1024)
-        plain = denoise(dit, branches(dit, groups, ids, True, OFF), state, schedule, guidance, row, algebra=OFF)
+        plain = denoise(dit, Loop(branches(dit, groups, ids, True, OFF), schedule, guidance, row, algebra=OFF), state)
         runner = Runner(Fused(dit).velocity, cfg_step) if algebra.fuse else None
         for batched in (True, False):
             made = branches(dit, groups, ids, batched, algebra, runner)
             assert (made[0].request.text.rows.shape[1] == 40) is not algebra.collapse
-            worst = max(worst, error(denoise(dit, made, state, schedule, guidance, row, algebra=algebra), plain))
+            worst = max(worst, error(denoise(dit, Loop(made, schedule, guidance, row, algebra=algebra), state), plain))
     print(f"{name}: {worst:.1e}")
     assert worst < (1e-11 if name == "all" else 1e-12)
 
@@ -195,6 +195,6 @@ def test_modulations_in_host_memory_are_copied_once_an_edit(batched: bool) -> No
         made = branches(dit, groups, image_ids(GRID, row.reference_ids), batched)
         before = pretend.to_device.total()
         pretend.stage("loop")
-        denoise(dit, made, state, timesteps(6, 1024), guidance, row)
+        denoise(dit, Loop(made, timesteps(6, 1024), guidance, row), state)
     assert size <= pretend.to_device["loop"] < size + 200  # and the six times of the schedule
     assert before < 10_000

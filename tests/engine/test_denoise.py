@@ -6,7 +6,7 @@ from torch import Tensor
 
 from step1x.engine.algebra import OFF
 from step1x.engine.connector import ConnectorConfig
-from step1x.engine.denoise import Branch, Guidance, Runner, branches, denoise, joined, velocities
+from step1x.engine.denoise import Branch, Guidance, Loop, Runner, branches, denoise, joined, velocities
 from step1x.engine.dit import DiT, DiTConfig, Request, Step, Text
 from step1x.engine.image import image_ids
 from step1x.engine.schedule import timesteps
@@ -94,7 +94,7 @@ def run(
     dit = transformer(row, dtype)
     made = forwards(dit, row, [instruction(21)], [instruction(22, valid=2)])
     schedule = timesteps(28, 4096)[: steps + 1] if schedule is None else schedule
-    return denoise(dit, made, state(), schedule, Guidance(scale, row.rescale_above), row, algebra=OFF), dit
+    return denoise(dit, Loop(made, schedule, Guidance(scale, row.rescale_above), row, algebra=OFF), state()), dit
 
 
 def test_batched_guidance_equals_one_forward_after_the_other() -> None:
@@ -110,11 +110,11 @@ def test_a_batch_of_two_equals_two_singles(row: Variant) -> None:
     dit, latents = transformer(row), state(2)
     conds, unconds = [instruction(21), instruction(23, valid=3)], [instruction(22), instruction(24, valid=1)]
     schedule, guidance = timesteps(4, 1024), Guidance(6.0, row.rescale_above)
-    both = denoise(dit, forwards(dit, row, conds, unconds), latents, schedule, guidance, row)
+    both = denoise(dit, Loop(forwards(dit, row, conds, unconds), schedule, guidance, row), latents)
     for index in range(2):
         one = slice(index, index + 1)
         single = (latents[0][one], latents[1][one])
-        alone = denoise(dit, forwards(dit, row, conds[one], unconds[one]), single, schedule, guidance, row)
+        alone = denoise(dit, Loop(forwards(dit, row, conds[one], unconds[one]), schedule, guidance, row), single)
         assert (both[one] - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
@@ -122,11 +122,11 @@ def test_a_batch_of_two_equals_two_singles(row: Variant) -> None:
 def test_without_guidance_there_is_one_forward_and_the_conditional_velocity(row: Variant) -> None:
     dit, schedule = transformer(row), timesteps(4, 1024)
     conditional = forwards(dit, row, [instruction(21)])
-    got = denoise(dit, conditional, state(), schedule, None, row)
+    got = denoise(dit, Loop(conditional, schedule, None, row), state())
     assert len(dit.img) == 4
     assert {img.shape[0] for img in dit.img} == {1}
     pair = forwards(dit, row, [instruction(21)], [instruction(22)])
-    of_one = denoise(dit, pair, state(), schedule, Guidance(1.0, 1.0), row)
+    of_one = denoise(dit, Loop(pair, schedule, Guidance(1.0, 1.0), row), state())
     torch.testing.assert_close(got, of_one, atol=1e-5, rtol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_guidance_is_rescaled_above_its_gate_only() -> None:
     pair = forwards(dit, OFFICIAL_V11, [instruction(21)], [instruction(22)])
 
     def end(above: float) -> Tensor:
-        return denoise(dit, pair, state(), schedule, Guidance(6.0, above), OFFICIAL_V11)
+        return denoise(dit, Loop(pair, schedule, Guidance(6.0, above), OFFICIAL_V11), state())
 
     assert torch.equal(end(0.86), end(0.99))  # both on the first step alone
     assert not torch.equal(end(0.86), end(0.7))
@@ -150,7 +150,7 @@ def test_reference_tokens_stay_and_the_callers_tensors_too() -> None:
     dit, (latents, reference) = transformer(OFFICIAL_V10), state()
     before = latents.clone()
     made = forwards(dit, OFFICIAL_V10, [instruction(21)], [instruction(22)])
-    denoise(dit, made, (latents, reference), timesteps(3, 1024), Guidance(6.0, 1.0), OFFICIAL_V10)
+    denoise(dit, Loop(made, timesteps(3, 1024), Guidance(6.0, 1.0), OFFICIAL_V10), (latents, reference))
     assert torch.equal(latents, before)
     for img in dit.img:
         assert img.shape == (2, 2 * TARGET, CONFIG.hidden_size)
@@ -162,7 +162,7 @@ def test_reference_tokens_stay_and_the_callers_tensors_too() -> None:
 def test_text_to_image_has_no_reference() -> None:
     dit, row = transformer(OFFICIAL_V11), OFFICIAL_V11
     made = branches(dit, [[instruction(21)], [instruction(22)]], image_ids(GRID, None), batched=True)
-    end = denoise(dit, made, (state()[0], None), timesteps(3, 1024), Guidance(6.0, 0.93), row)
+    end = denoise(dit, Loop(made, timesteps(3, 1024), Guidance(6.0, 0.93), row), (state()[0], None))
     assert end.shape == (1, TARGET, 8)
     assert {img.shape[1] for img in dit.img} == {TARGET}
 
@@ -172,7 +172,7 @@ def test_branches_of_different_lengths() -> None:
     dit = transformer(row)
     made = forwards(dit, row, [instruction(21, length=7, valid=7)], [instruction(22, length=3, valid=3)])
     assert [branch.request.text.rows.shape[1] for branch in made] == [7, 3]
-    end = denoise(dit, made, state(), timesteps(3, 1024), Guidance(6.0, row.rescale_above), row)
+    end = denoise(dit, Loop(made, timesteps(3, 1024), Guidance(6.0, row.rescale_above), row), state())
     assert end.isfinite().all()
 
 
@@ -249,7 +249,7 @@ def test_a_constant_velocity_is_followed_exactly(row: Variant, steps: int) -> No
     dit.final_layer.linear.weight.zero_()
     pair = forwards(dit, row, [instruction(21)], [instruction(22)])
     latents, reference = state()
-    end = denoise(dit, pair, (latents, reference), timesteps(steps, 1024), Guidance(6.0, 1.0), row)
+    end = denoise(dit, Loop(pair, timesteps(steps, 1024), Guidance(6.0, 1.0), row), (latents, reference))
     torch.testing.assert_close(end, latents - dit.final_layer.linear.bias, atol=1e-6, rtol=0)
 
 
@@ -269,7 +269,7 @@ def test_a_half_precision_step_is_as_long_as_the_schedule_says(row: Variant) -> 
     dit.final_layer.linear.bias.fill_(1.0)
     pair = forwards(dit, row, [instruction(21)], [instruction(22)])
     schedule = timesteps(28, 4096)[:2]  # 1, 0.988409
-    end = denoise(dit, pair, (torch.zeros(1, TARGET, 8), state()[1]), schedule, Guidance(6.0, 1.0), row)
+    end = denoise(dit, Loop(pair, schedule, Guidance(6.0, 1.0), row), (torch.zeros(1, TARGET, 8), state()[1]))
     torch.testing.assert_close(end.float(), torch.full_like(end, -0.011591).float(), rtol=4e-3, atol=0)
 
 
@@ -281,7 +281,7 @@ def test_on_step_is_called_after_each_step(row: Variant) -> None:
     def on_step(step: int, steps: int) -> None:
         calls.append((step, steps, len(dit.img)))
 
-    denoise(dit, pair, state(), timesteps(3, 1024), Guidance(6.0, 1.0), row, on_step)
+    denoise(dit, Loop(pair, timesteps(3, 1024), Guidance(6.0, 1.0), row), state(), on_step)
     each = len(pair)
     assert calls == [(1, 3, each), (2, 3, 2 * each), (3, 3, 3 * each)]
 
@@ -295,14 +295,14 @@ def test_an_error_in_on_step_stops_the_loop() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        denoise(dit, pair, state(), timesteps(5, 1024), Guidance(6.0, 1.0), OFFICIAL_V10, on_step)
+        denoise(dit, Loop(pair, timesteps(5, 1024), Guidance(6.0, 1.0), OFFICIAL_V10), state(), on_step)
     assert len(dit.img) == 2
 
 
 def test_calls_share_nothing() -> None:
     dit = transformer(OFFICIAL_V11)
     pair = forwards(dit, OFFICIAL_V11, [instruction(21)], [instruction(22)])
-    ends = [denoise(dit, pair, state(), timesteps(3, 1024), Guidance(6.0, 0.93), OFFICIAL_V11) for _ in range(2)]
+    ends = [denoise(dit, Loop(pair, timesteps(3, 1024), Guidance(6.0, 0.93), OFFICIAL_V11), state()) for _ in range(2)]
     assert torch.equal(*ends)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from step1x.engine import image, sizes
 from step1x.engine.checkpoint import Checkpoint
-from step1x.engine.denoise import Branch, Guidance, branches, denoise, velocities
+from step1x.engine.denoise import Branch, Guidance, Loop, branches, denoise, velocities
 from step1x.engine.dit import DiT, Text
 from step1x.engine.schedule import timesteps
 from step1x.engine.text import Conditioning
@@ -72,7 +72,7 @@ class Trajectory:
     ) -> Tensor:
         """Target tokens after all or the first `steps` steps."""
         schedule = self.schedule[: (self.steps if steps is None else steps) + 1]
-        return denoise(self.dit, forwards, state, schedule, Guidance(self.guidance, above), self.row)
+        return denoise(self.dit, Loop(forwards, schedule, Guidance(self.guidance, above), self.row), state)
 
     def steps_and_end(self, forwards: list[Branch], state: tuple[Tensor, Tensor], above: float, prefix: str) -> None:
         """Compares the latents after every step and at the end."""
