@@ -13,19 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step1x.engine.dit import DiT, DoubleBlock, Modulations, QKNorm, Rope, SingleBlock, Step
+from step1x.engine.kept import Active, Place, Rows8
 from step1x.kernels.adaln import adaln_fp8_op, adaln_op
 from step1x.kernels.attention import attention_op
 from step1x.kernels.attention_backends import Attention
 from step1x.kernels.gated_residual import gated_residual_adaln_fp8_op, gated_residual_adaln_op, gated_residual_op
 from step1x.kernels.gelu_quant import gelu_join_op, gelu_quant_op
 from step1x.kernels.launch import Op
-from step1x.kernels.qk_norm_rope import qk_norm_rope_op
+from step1x.kernels.qk_norm_rope import qk_norm_rope_op, qk_norm_rope_scatter_op
 from step1x.quant.linear import QuantizedLinear, Rows, product_of_rows
 
 Choose = Callable[[Op], Callable[..., Any]]  # what runs an operation: its kernel or its reference
 Attend = Callable[[tuple[int, int] | None], Attention]  # of the keys that may carry a bias; None: any may
-Keys = tuple[Attention, Tensor | None]  # the attention, and its bias (batch, T + N)
 Pair = tuple[Tensor, Rows]  # rows (batch, tokens, width), and their modulated norm as the layer behind takes it
+
+
+class Keys(NamedTuple):
+    """What the rows of a block attend to."""
+
+    attend: Attention
+    bias: Tensor | None  # (batch, T + N)
+    place: Place | None = None  # where keys and values are kept, if they are; else those of the given rows are all
 
 
 class Feed(NamedTuple):
@@ -65,6 +73,7 @@ class Fused:
         self.plain = Feed(choose(adaln_op), choose(gated_residual_adaln_op), choose(gelu_join_op))
         self.fp8 = fp8_feed(choose)
         self.qk_norm_rope = choose(qk_norm_rope_op)
+        self.qk_norm_rope_scatter = choose(qk_norm_rope_scatter_op)
         self.double = list(cast("Iterable[DoubleBlock]", dit.double_blocks))
         self.single = list(cast("Iterable[SingleBlock]", dit.single_blocks))
         place = dit.device  # where the blocks themselves are need not be (residency.py)
@@ -77,16 +86,42 @@ class Fused:
         """What makes the rows that a layer takes."""
         return self.fp8 if isinstance(layer, QuantizedLinear) and layer.scheme == "fp8" else self.plain
 
-    def velocity(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
-        """As `DiT.velocity`: (batch, kept or N, out_channels) at image rows (batch, N, width)."""
+    def velocity(
+        self, img: Tensor, step: Step, rope: Rope, kept: int | None = None, active: Active | None = None
+    ) -> Tensor:
+        """As `DiT.velocity`: (batch, kept or N, out_channels) at image rows (batch, N, width).
+
+        active: img and rope are of these rows, which attend to what is kept of all rows, and replace their own there.
+        """
         texts, mods, bias = step.text.shape[1], step.mods, None
         if step.bias is not None:
-            bias = F.pad(step.bias.to(torch.promote_types(img.dtype, torch.float32)), (0, img.shape[1]))
-        keys = (self._attention(None if step.biased is None else (texts - step.biased, texts)), bias)
-        rows = self._double(img, step.text, mods, rope, keys)
+            others = img.shape[1] if active is None else active.kept.rows - texts
+            bias = F.pad(step.bias.to(torch.promote_types(img.dtype, torch.float32)), (0, others))
+        keys = Keys(self._attention(None if step.biased is None else (texts - step.biased, texts)), bias)
+        rows = self._double(img, step.text, mods, rope, keys, active)
         image = slice(texts, None if kept is None else texts + kept)
-        rows = self._single(rows, mods, rope, keys, image)
+        rows = self._single(rows, mods, rope, keys, image, active)
         return self.final_block(rows, mods.final)
+
+    def _heads(
+        self, image: Tensor, text: Tensor | None, scales: tuple[Tensor, Tensor | None], rope: Rope, keys: Keys
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q of the rows whose products are given, k and v that they attend to."""
+        place = keys.place
+        if place is None:
+            out: tuple[Tensor, Tensor, Tensor] = self.qk_norm_rope(image, text, *scales, *rope, self.heads)
+            return out
+        if isinstance(place.keys, Tensor):
+            q = self.qk_norm_rope_scatter(image, text, *scales, *rope, self.heads, *place)
+            return q, place.keys, cast("Tensor", place.values)
+        q, k, v = self.qk_norm_rope(image, text, *scales, *rope, self.heads)
+        rows = place.rows
+        if text is not None:
+            first = torch.arange(text.shape[1], device=rows.device).expand(len(rows), -1)
+            rows = torch.cat((first, text.shape[1] + rows), dim=1)
+        for store, new in ((place.keys, k), (cast("Rows8", place.values), v)):
+            store.write(rows, new)
+        return q, place.keys.read(q.dtype), cast("Rows8", place.values).read(q.dtype)
 
     def _attention(self, biased: tuple[int, int] | None) -> Attention:
         """The same object for the same keys, so that compiled blocks know it again."""
@@ -94,7 +129,9 @@ class Fused:
             self._attentions[biased] = self._make(biased)
         return self._attentions[biased]
 
-    def _double(self, img: Tensor, txt: Tensor, mods: Modulations, rope: Rope, keys: Keys) -> Tensor:
+    def _double(
+        self, img: Tensor, txt: Tensor, mods: Modulations, rope: Rope, keys: Keys, active: Active | None
+    ) -> Tensor:
         """Text and image rows (batch, T + N, width) behind all double blocks."""
         if not self.double:
             return torch.cat((txt, img), dim=1)
@@ -105,19 +142,27 @@ class Fused:
         image, text = self.enter(img, *firsts[0][0]), self.enter(txt, *firsts[0][1])
         for index, (block, scales) in enumerate(zip(self.double, self.double_norms, strict=True)):
             ahead = firsts[index + 1] if index + 1 < len(self.double) else (None, None)
+            if active is not None:
+                keys = keys._replace(place=active.place(index, joined=False))
             with self.dit.present(block):
                 image, text = self.double_block(block, scales, image, text, mods.double[index], ahead, rope, keys)
         return torch.cat((text[0], image[0]), dim=1)
 
-    def _single(self, rows: Tensor, mods: Modulations, rope: Rope, keys: Keys, image: slice) -> Tensor:
+    def _single(
+        self, rows: Tensor, mods: Modulations, rope: Rope, keys: Keys, image: slice, active: Active | None
+    ) -> Tensor:
         """Rows `image` behind all single blocks; the last one computes no others."""
         if not self.single:
             return rows[:, image]
         firsts = [(mod, self.feed(block.linear1)) for block, mod in zip(self.single, mods.single, strict=True)]
         pair = self.enter(rows, *firsts[0])
         for index, (block, scales) in enumerate(zip(self.single[:-1], self.single_norms, strict=False)):
+            if active is not None:
+                keys = keys._replace(place=active.place(len(self.double) + index, joined=True))
             with self.dit.present(block):
                 pair = self.single_block(block, scales, pair, mods.single[index], firsts[index + 1], rope, keys)
+        if active is not None:
+            keys = keys._replace(place=active.place(-1, joined=True))
         with self.dit.present(self.single[-1]):
             return self.last_block(self.single[-1], self.single_norms[-1], pair, mods.single[-1], rope, keys, image)
 
@@ -138,11 +183,8 @@ class Fused:
         keys: Keys,
     ) -> tuple[Pair, Pair]:
         """One double block, and the norm before the next one. Where none follows, the rows stand in its place."""
-        q, k, v = self.qk_norm_rope(
-            block.img_attn.qkv(image[1]), block.txt_attn.qkv(text[1]), *scales, *rope, self.heads
-        )
-        attend, bias = keys
-        attended = attend(q, k, v, bias)
+        q, k, v = self._heads(block.img_attn.qkv(image[1]), block.txt_attn.qkv(text[1]), scales, rope, keys)
+        attended = keys.attend(q, k, v, keys.bias)
         txt, img = attended.split((text[0].shape[1], image[0].shape[1]), dim=1)
         image = self._finish(image[0], block.img_attn.proj(img), block.img_mlp, mods[0], ahead[0])
         text = self._finish(text[0], block.txt_attn.proj(txt), block.txt_mlp, mods[1], ahead[1])
@@ -178,9 +220,8 @@ class Fused:
         """One single block, and the norm before the next one."""
         wide = block.linear1(pair[1])
         qkv, hidden = wide.split(block.split, dim=-1)
-        attend, bias = keys
-        q, k, v = self.qk_norm_rope(qkv, None, scales, None, *rope, self.heads)
-        attended = attend(q, k, v, bias)
+        q, k, v = self._heads(qkv, None, (scales, None), rope, keys)
+        attended = keys.attend(q, k, v, keys.bias)
         del q, k, v  # what follows is where a step needs most memory
         joined = self.feed(block.linear2).gelu_join(attended, hidden)
         del wide, qkv, hidden, attended
@@ -202,9 +243,8 @@ class Fused:
         qkv = product_of_rows(block.linear1, normed, slice(outer))
         kept = normed[:, image] if isinstance(normed, Tensor) else (normed[0][:, image], normed[1][:, image])
         hidden = product_of_rows(block.linear1, kept, slice(outer, None))
-        q, k, v = self.qk_norm_rope(qkv, None, scales, None, *rope, self.heads)
-        attend, bias = keys
-        joined = self.feed(block.linear2).gelu_join(attend(q[:, :, image], k, v, bias), hidden)
+        q, k, v = self._heads(qkv, None, (scales, None), rope, keys)
+        joined = self.feed(block.linear2).gelu_join(keys.attend(q[:, :, image], k, v, keys.bias), hidden)
         change = block.linear2(joined)
         return self._leave(rows[:, image], mod.chunk(3, dim=-1)[2], change, False, None)[0]
 

@@ -70,7 +70,7 @@ def _sizes(
 def _check_caches(image: Tensor, sizes: _Sizes, heads: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
     if rows.dtype != torch.int64:
         raise ValueError(f"rows must be int64, got {rows.dtype}")
-    _require("rows", rows, (sizes.image,))
+    _require("rows", rows, (1, sizes.image), (sizes.batch, sizes.image))
     if keys.ndim != 4 or keys.shape[2] < sizes.text:
         raise ValueError(f"keys must be 4-dimensional with {sizes.text} text rows first, got {tuple(keys.shape)}")
     _require("keys", keys, (sizes.batch, heads, keys.shape[2], sizes.head_dim))
@@ -134,8 +134,8 @@ def qk_norm_rope_scatter_reference(
     """q (batch, heads, T + n, head_dim) of the text rows and of n image tokens; their k and v go into the caches.
 
     keys, values (batch, heads, T + all image tokens, head_dim), contiguous, changed in place: text row i goes to row i,
-    image token j to row T + rows[j]. rows (n,): different from each other. One that lies outside of the caches is a
-    ValueError here and undefined on a GPU, where a check would have to wait for the device.
+    image token j of picture b to row T + rows[b, j]. rows (batch or 1, n): different from each other. One that lies
+    outside of the caches is a ValueError here and undefined on a GPU, where a check would have to wait for the device.
     """
     sizes = _sizes(image, text, image_scales, text_scales, cos, sin, heads)
     _check_caches(image, sizes, heads, rows, keys, values)
@@ -143,9 +143,15 @@ def qk_norm_rope_scatter_reference(
     if outside.any():
         raise ValueError(f"rows must be from 0 to {keys.shape[2] - sizes.text - 1}, got {rows[outside][0].item()}")
     q, k, v = qk_norm_rope_reference(image, text, image_scales, text_scales, cos, sin, heads)
-    joint = torch.cat((torch.arange(sizes.text, device=rows.device), sizes.text + rows))
-    keys.index_copy_(2, joint, k)
-    values.index_copy_(2, joint, v)
+    first = torch.arange(sizes.text, device=rows.device).expand(len(rows), -1)
+    joint = torch.cat((first, sizes.text + rows), dim=1)
+    if len(joint) == 1:
+        keys.index_copy_(2, joint[0], k)
+        values.index_copy_(2, joint[0], v)
+    else:
+        places = joint[:, None, :, None].expand(k.shape)
+        keys.scatter_(2, places, k)
+        values.scatter_(2, places, v)
     return q
 
 
@@ -178,6 +184,7 @@ def _qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
     text_batch_stride,
     text_row_stride,
     table_batch_stride,
+    rows_batch_stride,
     image_rows,
     text_rows,
     cache_rows,
@@ -200,7 +207,7 @@ def _qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
     joint = tl.where(is_text, row, row + text_rows)
     stored = joint
     if rows_ptr is not None:
-        chosen = tl.load(rows_ptr + row, mask=valid & (block >= text_blocks), other=0)
+        chosen = tl.load(rows_ptr + batch * rows_batch_stride + row, mask=valid & (block >= text_blocks), other=0)
         stored = tl.where(is_text, row, chosen + text_rows)
 
     column = tl.arange(0, BLOCK)[None, :]
@@ -284,6 +291,7 @@ def _launch(
         text.stride(0),
         text.stride(1),
         0 if cos.shape[0] == 1 else cos.stride(0),
+        0 if rows is None or len(rows) == 1 else image_rows,
         image_rows,
         text_rows,
         keys.shape[2],
@@ -384,9 +392,10 @@ def _scatter_examples(device: torch.device, dtype: torch.dtype) -> Iterator[Exam
     for image, text, image_scales, text_scales, cos, sin, heads in _examples(device, dtype):
         batch, tokens, width = image.shape
         text_rows = 0 if text is None else text.shape[1]
-        rows = torch.randperm(tokens + 3, device=device)[:tokens]
+        rows = torch.stack([torch.randperm(tokens + 3, device=device)[:tokens] for _ in range(batch)])
         keys, values = torch.randn((2, batch, heads, text_rows + tokens + 3, width // (3 * heads)), device=device)
-        yield image, text, image_scales, text_scales, cos, sin, heads, rows, keys.to(dtype), values.to(dtype)
+        for chosen in (rows, rows[:1]):
+            yield image, text, image_scales, text_scales, cos, sin, heads, chosen, keys.to(dtype), values.to(dtype)
 
 
 def compilations(chip: int) -> Iterator[Compilation]:
@@ -395,7 +404,7 @@ def compilations(chip: int) -> Iterator[Compilation]:
     Row counts that are multiples of 16 are compiled apart, to the same loads and stores.
     """
     strides = ("image_batch_stride", "image_row_stride", "text_batch_stride", "text_row_stride", "table_batch_stride")
-    counts = ("image_rows", "text_rows", "cache_rows")
+    counts = ("rows_batch_stride", "image_rows", "text_rows", "cache_rows")
     scatters: tuple[tuple[dict[str, str], dict[str, None]], ...] = (
         ({}, {"rows_ptr": None}),
         ({"rows_ptr": "*i64"}, {}),

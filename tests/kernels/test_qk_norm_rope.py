@@ -109,7 +109,7 @@ def test_scattering_all_tokens_in_any_order_gives_the_whole(scatter: Any) -> Non
     joint = torch.cat((torch.arange(text.shape[1]), text.shape[1] + rows))
     chosen = (image[:, rows], text, image_scales, text_scales, cos[:, :, joint], sin[:, :, joint], heads)
     keys, values = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
-    assert_same(scatter(*chosen, rows, keys, values), q[:, :, joint])
+    assert_same(scatter(*chosen, rows[None], keys, values), q[:, :, joint])
     assert_same(keys, k)
     assert torch.equal(values, v)
 
@@ -121,13 +121,15 @@ def test_other_rows_and_other_caches_stay(scatter: Any) -> None:
     caches = torch.stack([keys, values] * 2).unflatten(0, (2, 2))  # of two blocks; the second is written
     before = caches.clone()
     scatter(*rest, rows, caches[1, 0], caches[1, 1])
-    stays = torch.ones(keys.shape[2], dtype=torch.bool)
-    stays[:text_rows] = False
-    stays[text_rows + rows] = False
-    assert stays.sum() == 3
     assert torch.equal(caches[0], before[0])
-    assert torch.equal(caches[1][:, :, :, stays], before[1][:, :, :, stays])
-    assert (caches[1] != before[1])[:, :, :, ~stays].float().mean() > 0.99
+    for picture, own in enumerate(rows):
+        stays = torch.ones(keys.shape[2], dtype=torch.bool)
+        stays[:text_rows] = False
+        stays[text_rows + own] = False
+        assert stays.sum() == 3
+        assert torch.equal(caches[1, :, picture][:, :, stays], before[1, :, picture][:, :, stays])
+        assert (caches[1, :, picture] != before[1, :, picture])[:, :, ~stays].float().mean() > 0.99
+    assert not torch.equal(rows[0], rows[1])
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -183,7 +185,7 @@ def arguments_with(**changed: Any) -> tuple[Any, ...]:
         "cos": torch.zeros(1, 1, 5, 4),
         "sin": torch.zeros(1, 1, 5, 4),
         "heads": 2,
-        "rows": torch.tensor([3, 0]),
+        "rows": torch.tensor([[3, 0]]),
         "keys": torch.zeros(1, 2, 7, 8),
         "values": torch.zeros(1, 2, 7, 8),
     }
@@ -204,8 +206,8 @@ def arguments_with(**changed: Any) -> tuple[Any, ...]:
         ({"text_scales": torch.ones(2, 4)}, r"text_scales must be \(2, 8\)"),
         ({"cos": torch.zeros(1, 1, 2, 4)}, r"cos must be \(1, 1, 5, 4\)"),
         ({"sin": torch.zeros(1, 5, 4)}, r"sin must be \(1, 1, 5, 4\)"),
-        ({"rows": torch.tensor([3, 0], dtype=torch.int32)}, "rows must be int64"),
-        ({"rows": torch.tensor([3])}, r"rows must be \(2,\)"),
+        ({"rows": torch.tensor([[3, 0]], dtype=torch.int32)}, "rows must be int64"),
+        ({"rows": torch.tensor([[3]])}, r"rows must be \(1, 2\)"),
         ({"keys": torch.zeros(1, 2, 2, 8), "values": torch.zeros(1, 2, 2, 8)}, "3 text rows first"),
         ({"keys": torch.zeros(1, 1, 7, 8)}, r"keys must be \(1, 2, 7, 8\)"),
         ({"values": torch.zeros(1, 2, 8, 8)}, r"values must be \(1, 2, 7, 8\)"),
@@ -227,7 +229,7 @@ def test_wrong_arguments_are_refused(changed: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize("row", [-1, 4])
 def test_reference_refuses_rows_outside_of_the_caches(row: int) -> None:
     with pytest.raises(ValueError, match=f"rows must be from 0 to 3, got {row}"):
-        qk_norm_rope_scatter_reference(*arguments_with(rows=torch.tensor([0, row])))
+        qk_norm_rope_scatter_reference(*arguments_with(rows=torch.tensor([[0, row]])))
 
 
 def test_kernel_refuses_float64() -> None:
