@@ -13,12 +13,14 @@ from torch import Tensor
 
 from step1x.engine.algebra import ON, Algebra, collapse, fold, masked
 from step1x.engine.dit import DiT, Request, Rope, Step, Text
+from step1x.engine.kept import Active
 from step1x.engine.schedule import guided
 from step1x.engine.text import Conditioning
 from step1x.engine.timing import OnStep
 from step1x.engine.variants import DtypeFlow, Variant
 
 Velocity = Callable[[Tensor, Step, Rope, int | None], Tensor]  # as `DiT.velocity`
+RowsVelocity = Callable[[Tensor, Step, Rope, int | None, Active], Tensor]  # as `Fused.velocity`
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Runner:
     """What runs a step: the velocity, and guidance with the Euler step (kernels/cfg_step.py; None: in plain torch).
 
     multiple: text rows come in multiples of this. coarse: runs the steps that begin within `stretch`, shares of all
-    steps.
+    steps. rows: runs steps that keep keys and values, or compute some rows alone.
     """
 
     velocity: Velocity
@@ -34,6 +36,7 @@ class Runner:
     multiple: int = 1
     coarse: Velocity | None = None
     stretch: tuple[float, float] = (0.0, 1.0)
+    rows: RowsVelocity | None = None
 
     def at(self, share: float) -> Velocity:
         """What runs the step that begins when `share` of the steps are done."""
@@ -163,15 +166,14 @@ def denoise(
 
     state: noisy target tokens (batch, Nt, 64) and reference tokens of the same shape, None for text to image.
     """
-    forwards, schedule, guidance, variant = loop.forwards, loop.schedule, loop.guidance, loop.variant
-    algebra = loop.algebra
+    forwards, schedule, variant, algebra = loop.forwards, loop.schedule, loop.variant, loop.algebra
     latents, reference = state
     target = latents.shape[1]
     latents = latents.to(dit.dtype)
     img = dit.img_in(latents.to(dit.dtype))
     if reference is not None:
         img = torch.cat((img, dit.img_in(reference.to(dit.dtype))), dim=1)
-    times = _times(schedule, latents, variant)
+    times = times_of(schedule, latents, variant)
     if algebra.fold:
         forwards = folded(dit, forwards, times)
     for index in range(len(schedule) - 1):
@@ -180,12 +182,7 @@ def denoise(
             img[:, :target] = dit.img_in(latents.to(dit.dtype))
         kept = target if algebra.prune else None
         prediction = velocities(dit, forwards, img, (index, len(schedule) - 1), times[index], kept)[:, :target]
-        if guidance is None:
-            latents = _euler(latents, prediction, following - now, variant.dtype_flow)
-        else:
-            rescaled = now > guidance.rescale_above
-            cfg_step = forwards[0].runner.cfg_step or _cfg_step
-            latents = cfg_step(latents, prediction, guidance.scale, following - now, rescaled, variant.dtype_flow)
+        latents = advance(loop, latents, prediction, now, following - now)
         if trail is not None:
             trail.append(latents)
         if on_step is not None:
@@ -193,7 +190,16 @@ def denoise(
     return latents
 
 
-def _times(schedule: Tensor, latents: Tensor, variant: Variant) -> list[Tensor]:
+def advance(loop: Loop, latents: Tensor, prediction: Tensor, now: float, length: float) -> Tensor:
+    """The latents a step of `length` on from level `now`: guided, if unconditional rows follow the conditional ones."""
+    guidance, flow = loop.guidance, loop.variant.dtype_flow
+    if guidance is None or len(prediction) == len(latents):
+        return euler(latents, prediction, length, flow)
+    cfg_step = loop.forwards[0].runner.cfg_step or _cfg_step
+    return cfg_step(latents, prediction, guidance.scale, length, now > guidance.rescale_above, flow)
+
+
+def times_of(schedule: Tensor, latents: Tensor, variant: Variant) -> list[Tensor]:
     """`_time` of every step: the state of autocast-fp32 is wide from the second step on."""
     wide = variant.dtype_flow == "autocast-fp32"
     later = latents.to(torch.promote_types(latents.dtype, torch.float32)) if wide else latents
@@ -212,10 +218,10 @@ def _cfg_step(
 ) -> Tensor:
     """Guidance and the Euler step in plain torch, as kernels/cfg_step.py does them in one pass."""
     cond, uncond = prediction.chunk(2)
-    return _euler(latents, guided(cond, uncond, scale, rescaled, flow == "autocast-fp32"), length, flow)
+    return euler(latents, guided(cond, uncond, scale, rescaled, flow == "autocast-fp32"), length, flow)
 
 
-def _euler(latents: Tensor, prediction: Tensor, length: float, flow: DtypeFlow) -> Tensor:
+def euler(latents: Tensor, prediction: Tensor, length: float, flow: DtypeFlow) -> Tensor:
     """One Euler step; `latents` keep, gain or return to a dtype as the variant's do (§5.4).
 
     length: of Python floats, as in the official loop: only the model sees t rounded.

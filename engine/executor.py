@@ -91,29 +91,36 @@ def stepper(dit: DiT, execution: Execution, backend: str = "inductor") -> Runner
 
     Raises InputError for an attention backend that is not there.
     """
-    cfg_step = execution.operation(cfg_step_op, dit.device)
-    multiple = TEXT_BUCKET if execution.compiled else 1
-    exact = velocity_of(dit, execution, backend)
+    fused = fused_of(dit, execution, backend)
+    # A graph reads weights where they were when it was captured, so blocks that come and go are run without.
+    captured = execution.compiled and dit.device.type == "cuda" and dit.present is here
+
+    def whole(one: Fused) -> Velocity:
+        return Replay(one.velocity) if captured else one.velocity
+
+    runner = Runner(
+        whole(fused),
+        execution.operation(cfg_step_op, dit.device),
+        TEXT_BUCKET if execution.compiled else 1,
+        rows=fused.velocity,
+    )
     if execution.fp8_attention is None:
-        return Runner(exact, cfg_step, multiple)
-    coarse = velocity_of(dit, replace(execution, attention="fp8"), backend)
-    return Runner(exact, cfg_step, multiple, coarse, execution.fp8_attention)
+        return runner
+    coarse = fused_of(dit, replace(execution, attention="fp8"), backend)
+    return replace(runner, coarse=whole(coarse), stretch=execution.fp8_attention)
 
 
-def velocity_of(dit: DiT, execution: Execution, backend: str = "inductor") -> Velocity:
-    """The velocity of a transformer as `execution` says.
+def fused_of(dit: DiT, execution: Execution, backend: str = "inductor") -> Fused:
+    """The blocks of a transformer as `execution` says, but for CUDA graphs.
 
     Raises InputError for an attention backend that is not there.
     """
     device = dit.device
     execution.attend(device, None)  # a name that is not there is an error now, not in the first edit
     fused = Fused(dit, partial(execution.operation, device=device), partial(execution.attend, device))
-    if not execution.compiled:
-        return fused.velocity
-    compile_blocks(fused, backend)
-    # A graph reads weights where they were when it was captured, so blocks that come and go are run without.
-    captured = device.type == "cuda" and dit.present is here
-    return Replay(fused.velocity) if captured else fused.velocity
+    if execution.compiled:
+        compile_blocks(fused, backend)
+    return fused
 
 
 def compile_blocks(fused: Fused, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -4,6 +4,7 @@ What is kept is what attention takes: keys after their norm and their rotation (
 step computes replace their own, in place; all others are seen as they were when they were last computed.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -59,6 +60,16 @@ class Kept:
 
         self.blocks = [(made(), made()) for _ in range(config.depth + config.depth_single)]
         self.rows = rows
+
+    def first(self, batch: int) -> "Kept":
+        """Those of the first rows of the batch, in the same memory."""
+
+        def part(whole: "Tensor | Rows8") -> "Tensor | Rows8":
+            return Rows8(*(one[:batch] for one in whole)) if isinstance(whole, Rows8) else whole[:batch]
+
+        view = copy(self)
+        view.blocks = [(part(keys), part(values)) for keys, values in self.blocks]
+        return view
 
     @property
     def nbytes(self) -> int:

@@ -1,10 +1,10 @@
 """Which step computes what: the rules of step and region skipping (step-skipping.md; section numbers are its).
 
 Three rules, all pure: velocity decay plans every step before the first one runs (§1.6), the partition tells
-edited from kept tokens (§1.2, §1.3), TeaCache decides step by step (§3.1-3.3). Policies own what is kept
-between steps; nothing here does.
+edited from kept tokens (§1.2, §1.3), TeaCache decides step by step (§3.1-3.3). policy.py makes plans of them.
 """
 
+import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from step1x.engine.connector import wide
+from step1x.engine.errors import InputError
 
 # How much the guided velocity's norm grows per step beyond what the step's length explains: entry i - 1 is the
 # transition from step i - 1 to i. Fitted by RegionE on the diffusers pipelines (norm-rescaled guidance at every
@@ -45,23 +46,87 @@ class Mode(StrEnum):
     """What a step evaluates; the letters spell a plan (§1.6)."""
 
     FULL = "F"  # all tokens
-    REGION = "R"  # edited tokens only
+    NOISE = "N"  # all target tokens; the reference's keys and values are those of the last step that filled
+    REGION = "R"  # edited target tokens only; all others' keys and values are those of the last step that filled
     SKIP = "s"  # nothing: the last computed velocity, scaled
+
+
+class Guide(StrEnum):
+    """Which branches of guidance a computed step evaluates. Without guidance there is one, and steps are BOTH."""
+
+    BOTH = "both"
+    REUSE = "reuse"  # the conditional one; the difference is that of the last BOTH step
+    COND = "cond"  # the conditional one; the step is not guided
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: what it evaluates and, where it skips, the multiplier on the last computed velocity."""
+    """One step: what it evaluates and what it keeps for later steps.
+
+    scale: where it skips, the multiplier on the last computed velocity. fill: its keys and values are kept. jump: the
+    index in the schedule to which unedited tokens go straight from here; the steps before that see edited ones alone.
+    The first step of a plan with a jump tells edited from unedited. instead: what a skip evaluates if a probe vetoes
+    it; None: nothing does.
+    """
 
     mode: Mode
     scale: float = 1.0
+    guide: Guide = Guide.BOTH
+    fill: bool = False
+    jump: int | None = None
+    instead: Mode | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stages:
+    """RegionE's division of the steps, counted from 0 (§1.1): full ones to start with, on edited tokens, full ones.
+
+    Raises InputError for values that leave no legal plan.
+    """
+
+    steps: int
+    warmup: int
+    post: int
+    refreshes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.warmup < 1 or self.post < 0 or self.warmup + self.post > self.steps:
+            raise InputError(
+                f"warmup must be at least 1, post at least 0, both together at most {self.steps} steps; "
+                f"got {self.warmup} and {self.post}"
+            )
+        possible = self.refreshable
+        if any(step not in possible for step in self.refreshes):
+            where = f"must lie in {possible.start}..{possible.stop - 1}" if possible else "have no room in so few steps"
+            raise InputError(f"refresh steps {where}, got {list(self.refreshes)}")
+        ordered = sorted(self.refreshes)
+        if any(after - before < 2 for before, after in pairwise(ordered)):
+            raise InputError(f"refresh steps must not be adjacent or repeated, got {list(self.refreshes)}")
+
+    @property
+    def refreshable(self) -> range:
+        """Steps that may be refreshes: some on edited tokens must be left before and after."""
+        return range(self.warmup + 1, self.steps - self.post - 1)
+
+    @property
+    def partition(self) -> int:
+        """The step whose velocity tells edited from unedited tokens."""
+        return self.warmup - 1
+
+    def full(self, step: int) -> bool:
+        """Whether a step always evaluates all tokens."""
+        return step < self.warmup or step >= self.steps - self.post or step in self.refreshes
+
+    def computed(self, step: int) -> bool:
+        """Whether a step may not skip: the full ones, and the first on edited tokens alone."""
+        return self.full(step) or step == self.warmup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecayRule:
-    """Settings of the velocity decay cache (§1.1, §1.6). Steps are counted from 0.
+    """Settings of RegionE as released (§1.1, §1.6). Steps are counted from 0.
 
-    `gammas` hold for one number of steps, one guidance rule and about one size. Raises ValueError for values
+    `gammas` hold for one number of steps, one guidance rule and about one size. Raises InputError for values
     that leave no legal plan.
     """
 
@@ -73,30 +138,20 @@ class DecayRule:
 
     def __post_init__(self) -> None:
         if self.threshold < 0:
-            raise ValueError(f"threshold must be at least 0, got {self.threshold}")
-        if self.warmup < 1 or self.post < 0 or self.warmup + self.post > self.steps:
-            raise ValueError(
-                f"warmup must be at least 1, post at least 0, both together at most {self.steps} steps; "
-                f"got {self.warmup} and {self.post}"
-            )
-        first, last = self.warmup + 1, self.steps - self.post - 2
-        if any(not first <= step <= last for step in self.refreshes):
-            raise ValueError(f"refresh steps must lie in {first}..{last}, got {list(self.refreshes)}")
-        ordered = sorted(self.refreshes)
-        if any(after - before < 2 for before, after in pairwise(ordered)):
-            raise ValueError(f"refresh steps must not be adjacent or repeated, got {list(self.refreshes)}")
+            raise InputError(f"threshold must be at least 0, got {self.threshold}")
+        _ = self.stages
+
+    @property
+    def stages(self) -> Stages:
+        return Stages(steps=self.steps, warmup=self.warmup, post=self.post, refreshes=self.refreshes)
 
     @property
     def steps(self) -> int:
         return len(self.gammas) + 1
 
-    def full(self, step: int) -> bool:
-        """Whether a step always evaluates all tokens."""
-        return step < self.warmup or step >= self.steps - self.post or step in self.refreshes
-
     def computed(self, step: int) -> bool:
-        """Whether a step may not skip: the full ones, and the first on edited tokens alone."""
-        return self.full(step) or step == self.warmup
+        """Whether a step may not skip."""
+        return self.stages.computed(step)
 
 
 def decay_ratios(schedule: Sequence[float], gammas: Sequence[float]) -> list[float]:
@@ -115,29 +170,44 @@ def as_stored(gammas: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(struct.unpack("<e", struct.pack("<e", gamma))[0]) for gamma in gammas)
 
 
-def decay_plan(schedule: Sequence[float], rule: DecayRule) -> list[StepPlan]:
-    """The whole plan of RegionE's velocity decay cache, without a look at any tensor (§1.6).
+def decayed(ratios: Sequence[float], threshold: float) -> bool:
+    """Whether a step may skip, by the ratios of all steps since the last computed one, its own the last (§1.6).
 
-    A step may skip while the product of ratios since the last computed one stays within `threshold` of 1. It
-    then scales that velocity by its own ratio alone, as the release does. schedule: as in `decay_ratios`.
+    Their product must stay within `threshold` of 1. A growing norm (a ratio of 1 or more) is outside the model of a
+    decaying velocity.
+    """
+    return ratios[-1] < 1 and 1 - math.prod(ratios) <= threshold
+
+
+def decay_plan(schedule: Sequence[float], rule: DecayRule) -> list[StepPlan]:
+    """Modes and scales of RegionE as released, without a look at any tensor (§1.6).
+
+    A skip scales the last velocity by its own ratio alone. schedule: as in `decay_ratios`. `Region` with `Decay`
+    (policy.py) is the same at any number of steps, and knows what is kept.
     """
     ratios = decay_ratios(schedule, rule.gammas)
-    plan, drift = [], 1.0
+    plan, last = [], 0
     for step in range(rule.steps):
-        ratio = ratios[step - 1] if step else 1.0
-        # A growing norm (ratio >= 1) is outside the model of a decaying velocity, so the step is computed.
-        skips = not rule.computed(step) and ratio < 1 and 1 - drift * ratio <= rule.threshold
-        drift = drift * ratio if skips else 1.0
-        if skips:
-            plan.append(StepPlan(Mode.SKIP, ratio))
+        if not rule.computed(step) and decayed(ratios[last:step], rule.threshold):
+            plan.append(StepPlan(Mode.SKIP, ratios[step - 1]))
         else:
-            plan.append(StepPlan(Mode.FULL if rule.full(step) else Mode.REGION))
+            plan.append(StepPlan(Mode.FULL if rule.stages.full(step) else Mode.REGION))
+            last = step
     return plan
 
 
 def spelled(plan: Iterable[StepPlan]) -> str:
-    """A plan as one letter a step, such as FFFFFFRsss."""
-    return "".join(step.mode for step in plan)
+    """A plan as one letter a step, such as FFFFFFRsss.
+
+    Lower case (f, n, r) reuses the difference of guidance; a step without guidance is followed by a minus: `F-F-NN`.
+    """
+    return "".join(_letter(step) for step in plan)
+
+
+def _letter(step: StepPlan) -> str:
+    if step.mode is Mode.SKIP or step.guide is Guide.BOTH:
+        return step.mode.value
+    return step.mode.lower() if step.guide is Guide.REUSE else f"{step.mode}-"
 
 
 def similarity(estimate: Tensor, reference: Tensor) -> Tensor:
@@ -180,13 +250,32 @@ def dilated(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeaCacheRule:
-    """Settings of TeaCache (§3.1): a polynomial from the signal's change to the output's, and a budget for it."""
+    """Settings of TeaCache (§3.1): a polynomial from the signal's change to the output's, and a budget for it.
+
+    span: the changes that the polynomial was fitted to; others are taken to its ends, and predictions below 0 to 0
+    (§3.5). None: it is used as it is. Raises InputError for a negative threshold, no coefficients or an empty span.
+    """
 
     threshold: float = TEACACHE_THRESHOLD
     coefficients: tuple[float, ...] = TEACACHE_COEFFICIENTS
+    span: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold < 0 or not self.coefficients:
+            raise InputError(
+                f"TeaCache needs a threshold of at least 0 and coefficients, got {self.threshold} and "
+                f"{list(self.coefficients)}"
+            )
+        if self.span is not None and not 0 <= self.span[0] < self.span[1]:
+            raise InputError(f"TeaCache's span must rise from 0 or more, got {list(self.span)}")
 
     def predicted(self, change: float) -> float:
         """The output's relative change that the polynomial predicts of the signal's."""
+        if self.span is None:
+            return self._polynomial(change)
+        return max(0.0, self._polynomial(min(max(change, self.span[0]), self.span[1])))
+
+    def _polynomial(self, change: float) -> float:
         value = 0.0
         for coefficient in self.coefficients:
             value = value * change + coefficient

@@ -1,0 +1,308 @@
+"""The sampling loop by a plan: steps that compute everything, some rows, one branch, or nothing (policy.py).
+
+What is kept between steps belongs to one request and dies with it (`Cache`). A plan of full steps gives the same bits
+as `denoise.denoise`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step1x.engine.denoise import Branch, Loop, advance, euler, folded, times_of
+from step1x.engine.dit import DiT, Modulations, Request, Rope, Step
+from step1x.engine.kept import Active, Kept
+from step1x.engine.plan import Guide, Mode, StepPlan, edited_tokens, relative_change, similarity
+from step1x.engine.policy import Policy, Probe
+from step1x.engine.schedule import guided
+from step1x.engine.selection import Selection, choose, distance
+from step1x.engine.timing import OnStep
+
+Select = Callable[[Tensor, Tensor], Selection]  # of the estimated result and the reference, (batch, tokens, 64) each
+
+
+def by_similarity(grid: tuple[int, int]) -> Select:
+    """Tokens whose estimated result differs from the reference (step-skipping.md §1.2)."""
+
+    def select(estimate: Tensor, reference: Tensor) -> Selection:
+        similar = similarity(estimate, reference)
+        return choose(edited_tokens(similar, grid), similar)
+
+    return select
+
+
+def by_mask(mask: Tensor, grid: tuple[int, int]) -> Select:
+    """The tokens (batch, tokens) bool that a mask marks."""
+    return lambda estimate, reference: choose(mask.to(estimate.device), distance(mask, grid).to(estimate.device))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipping:
+    """What a request leaves out. eight_bit: keys and values are kept in 8 bits."""
+
+    policy: Policy
+    select: Select
+    eight_bit: bool = False
+
+
+@dataclass(slots=True)
+class Cache:
+    """What one request keeps from step to step."""
+
+    velocity: Tensor | None = None  # guided, of the last computed step: of all target tokens, or of the active ones
+    difference: Tensor | None = None  # conditional less unconditional velocity of all target tokens
+    selection: Selection | None = None
+    rows: Tensor | None = None  # target tokens that `velocity` and the latents that move are of; None: all
+    kept: list[Kept] = field(default_factory=list)  # of each branch
+    views: dict[tuple[object, ...], tuple[Active, Rope]] = field(default_factory=dict)
+    signal: Tensor | None = None  # of the probe
+    gathered: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of a plan: the latents (batch, Nt, 64), the steps as they were done, and the edited tokens."""
+
+    latents: Tensor
+    steps: tuple[StepPlan, ...]
+    selection: Selection | None
+
+
+def skip(
+    dit: DiT,
+    loop: Loop,
+    state: tuple[Tensor, Tensor],
+    skipping: Skipping,
+    on_step: OnStep | None = None,
+    trail: list[Tensor] | None = None,
+) -> Done:
+    """As `denoise.denoise`, leaving out what the policy says. The branches must run by the fused operations."""
+    plan = skipping.policy.plan([float(level) for level in loop.schedule], loop.guidance is not None)
+    run = _Run(dit, loop, state, skipping, plan)
+    for index in range(len(plan)):
+        run.step(index)
+        if trail is not None:
+            trail.append(run.latents)
+        if on_step is not None:
+            on_step(index + 1, len(plan))
+    return Done(run.latents, tuple(run.done), run.cache.selection)
+
+
+class _Run:
+    """One request on its way."""
+
+    def __init__(
+        self, dit: DiT, loop: Loop, state: tuple[Tensor, Tensor], skipping: Skipping, plan: Sequence[StepPlan]
+    ) -> None:
+        self.dit, self.loop, self.skipping, self.plan = dit, loop, skipping, list(plan)
+        self.done: list[StepPlan] = []
+        self.cache = Cache()
+        latents, self.reference = state
+        self.latents = latents.to(dit.dtype)
+        self.target = latents.shape[1]
+        self.times = times_of(loop.schedule, self.latents, loop.variant)
+        self.forwards = folded(dit, loop.forwards, self.times) if loop.algebra.fold else list(loop.forwards)
+        self.conditional = [first_rows(self.forwards[0], len(latents))]
+        self.entered = dit.img_in(self.reference.to(dit.dtype))  # the reference's rows never change
+
+    def step(self, index: int) -> None:
+        planned = self._decided(index)
+        self.done.append(planned)
+        self._follow(planned)
+        now, following = (float(self.loop.schedule[at]) for at in (index, index + 1))
+        if planned.mode is Mode.SKIP:
+            assert self.cache.velocity is not None
+            velocity = self.cache.velocity * planned.scale
+            self.cache.velocity = velocity
+            self._move(lambda moving: euler(moving, velocity, following - now, self.loop.variant.dtype_flow))
+            return
+        prediction = self._prediction(index, planned)
+        self._move(lambda moving: advance(self.loop, moving, prediction, now, following - now))
+        if self._is_wanted(index):
+            self.cache.velocity = self._guided(prediction, now)
+        if planned.jump is not None:
+            self._jump(index, planned.jump)
+
+    def _decided(self, index: int) -> StepPlan:
+        """The step's plan, after a look at the probe if the policy has one."""
+        planned, policy = self.plan[index], self.skipping.policy
+        if policy.probe is None:
+            return planned
+        signal = self._signal(policy.probe, index)
+        before, self.cache.signal = self.cache.signal, signal
+        if before is None or before.shape != signal.shape:
+            self.cache.gathered = 0.0
+            return planned if before is None or planned.instead is None else replace(planned, mode=planned.instead)
+        planned, self.cache.gathered = policy.decide(planned, self.cache.gathered, relative_change(signal, before))
+        return planned
+
+    def _signal(self, probe: Probe, index: int) -> Tensor:
+        rows = self.dit.img_in(self._moving().to(self.dit.dtype))
+        if probe is Probe.RELEASED:
+            both = torch.cat((rows, self.entered), dim=1)
+            return F.layer_norm(both, both.shape[-1:], eps=1e-6)
+        step = self._step(self.conditional[0], index)
+        shift, scale = step.mods.double[0][0].chunk(6, dim=-1)[:2]
+        return (1 + scale) * F.layer_norm(rows, rows.shape[-1:], eps=1e-6) + shift
+
+    def _follow(self, planned: StepPlan) -> None:
+        """Which tokens move from here on: the edited ones, or all again."""
+        selection = self.cache.selection
+        region = planned.mode is Mode.REGION or (planned.mode is Mode.SKIP and self.cache.rows is not None)
+        if not region:
+            self.cache.rows = None
+        elif self.cache.rows is None and selection is not None and not selection.fell_back:
+            self.cache.rows = selection.active
+            if self.cache.velocity is not None:
+                self.cache.velocity = taken(self.cache.velocity, selection.active)
+
+    def _moving(self) -> Tensor:
+        """The latents of the tokens that move."""
+        return self.latents if self.cache.rows is None else taken(self.latents, self.cache.rows)
+
+    def _move(self, step: Callable[[Tensor], Tensor]) -> None:
+        moved = step(self._moving())
+        self.latents = moved if self.cache.rows is None else put(self.latents, self.cache.rows, moved)
+
+    def _is_wanted(self, index: int) -> bool:
+        """Whether the guided velocity of a step is used again: by skips, or for the tokens that are left behind."""
+        following = self.plan[index + 1].mode if index + 1 < len(self.plan) else None
+        return following is Mode.SKIP or self.plan[index].jump is not None
+
+    def _guided(self, prediction: Tensor, now: float) -> Tensor:
+        """The velocity that a step follows."""
+        loop = self.loop
+        if loop.guidance is None or len(prediction) == len(self.latents):
+            return prediction
+        cond, uncond = prediction.chunk(2)
+        wide = loop.variant.dtype_flow == "autocast-fp32"
+        return guided(cond, uncond, loop.guidance.scale, now > loop.guidance.rescale_above, wide)
+
+    def _jump(self, index: int, to: int) -> None:
+        """Tells edited tokens from the others once, and takes the others to the level at which they come back."""
+        velocity, schedule = self.cache.velocity, self.loop.schedule
+        assert velocity is not None
+        following, there = float(schedule[index + 1]), float(schedule[to])
+        if self.cache.selection is None:
+            estimate = self.latents - following * velocity  # of the step's end, on the same line as its beginning
+            self.cache.selection = self.skipping.select(estimate, self.reference)
+        kept = self.cache.selection.kept
+        if not kept.shape[1] or self.cache.selection.fell_back:
+            return
+        ahead = euler(taken(self.latents, kept), taken(velocity, kept), there - following, self.loop.variant.dtype_flow)
+        self.latents = put(self.latents, kept, ahead)
+
+    def _prediction(self, index: int, planned: StepPlan) -> Tensor:
+        """Velocities of the moving tokens: conditional rows, then unconditional ones where the step is guided."""
+        both = self.loop.guidance is not None and planned.guide is Guide.BOTH
+        forwards = self.forwards if both or self.loop.guidance is None else self.conditional
+        img = self._rows(planned)
+        made = torch.cat([self._velocity(at, branch, img, index, planned) for at, branch in enumerate(forwards)])
+        if both:
+            if any(step.guide is Guide.REUSE for step in self.plan):
+                cond, uncond = made.chunk(2)
+                whole = self.cache.difference
+                some = self.cache.rows
+                new = cond - uncond
+                self.cache.difference = new if some is None or whole is None else put(whole, some, new)
+        elif planned.guide is Guide.REUSE and self.loop.guidance is not None:
+            assert self.cache.difference is not None
+            some = self.cache.rows
+            difference = self.cache.difference if some is None else taken(self.cache.difference, some)
+            made = torch.cat((made, made - difference))
+        return made
+
+    def _rows(self, planned: StepPlan) -> Tensor:
+        """What the step's image rows are made of."""
+        rows = self.dit.img_in(self._moving().to(self.dit.dtype))
+        return torch.cat((rows, self.entered), dim=1) if planned.mode is Mode.FULL else rows
+
+    def _velocity(self, at: int, branch: Branch, img: Tensor, index: int, planned: StepPlan) -> Tensor:
+        count = branch.request.rows
+        img = img.expand(count, -1, -1) if len(img) == 1 else img.repeat(count // len(img), 1, 1)
+        step = self._step(branch, index)
+        pruned = self.target if self.loop.algebra.prune else None
+        if planned.mode is Mode.FULL and not planned.fill:
+            run = branch.runner.at(index / len(self.plan))
+            return run(img, step, branch.rope, pruned)[:, : self.target]
+        active, rope = self._view(at, branch, planned, step.text.shape[1])
+        assert branch.runner.rows is not None
+        kept = pruned if planned.mode is Mode.FULL else None
+        made = branch.runner.rows(img, step, rope, kept, active)
+        return made[:, : self.target] if planned.mode is Mode.FULL else made
+
+    def _step(self, branch: Branch, index: int) -> Step:
+        if branch.steps:
+            return branch.steps[index]
+        return self.dit.condition(branch.request, self.times[index].expand(branch.request.rows))
+
+    def _view(self, at: int, branch: Branch, planned: StepPlan, texts: int) -> tuple[Active, Rope]:
+        """The rows that a step computes of a branch, and their rotary tables."""
+        rows = self.cache.rows if planned.mode is Mode.REGION else None
+        key = (at, branch.request.rows, planned.mode is Mode.FULL, rows is None)
+        if key not in self.cache.views:
+            kept = self._kept(at, branch, texts)
+            if planned.mode is Mode.FULL:
+                self.cache.views[key] = (Active.all(kept, texts), branch.rope)
+            else:
+                device = self.latents.device
+                image = torch.arange(self.target, device=device)[None] if rows is None else rows
+                if len(image) > 1:
+                    image = image.repeat(branch.request.rows // len(image), 1)
+                active = Active.of(kept, image, texts)
+                self.cache.views[key] = (active, active.rope(branch.rope))
+        return self.cache.views[key]
+
+    def _kept(self, at: int, branch: Branch, texts: int) -> Kept:
+        """Keys and values of a branch; those of conditional rows alone are a part of those of both."""
+        if not self.cache.kept:
+            rows = texts + self.target + self.entered.shape[1]
+            self.cache.kept = [
+                Kept(self.dit, one.request.rows, self._texts(one) + rows - texts, eight_bit=self.skipping.eight_bit)
+                for one in self.forwards
+            ]
+        return self.cache.kept[at].first(branch.request.rows)
+
+    def _texts(self, branch: Branch) -> int:
+        return branch.request.text.rows.shape[1]
+
+
+def taken(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Tokens (batch, N, channels) at rows (batch, n)."""
+    return tokens.gather(1, rows[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def put(tokens: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """The tokens with new ones at rows (batch, n), in the wider of both dtypes."""
+    wide = tokens.to(torch.promote_types(tokens.dtype, new.dtype))
+    return wide.scatter(1, rows[..., None].expand_as(new), new.to(wide.dtype))
+
+
+def first_rows(branch: Branch, count: int) -> Branch:
+    """A branch of the first `count` rows of another's batch."""
+    if branch.request.rows == count:
+        return branch
+    request, (cos, sin) = branch.request, branch.rope
+    text = request.text
+    parts = {name: cut(getattr(text, name), count) for name in text.__dataclass_fields__}
+    prepared = replace(text, **parts)  # type: ignore[arg-type]
+    return replace(
+        branch,
+        request=Request(prepared, cut(request.mapped, count), cut(request.bias, count), request.biased),
+        rope=(cos[:count], sin[:count]),
+        steps=tuple(
+            Step(step.text[:count], first_modulations(step.mods, count), cut(step.bias, count), step.biased)
+            for step in branch.steps
+        ),
+    )
+
+
+def first_modulations(mods: Modulations, count: int) -> Modulations:
+    double = [(image[:count], text[:count]) for image, text in mods.double]
+    return Modulations(double, [vectors[:count] for vectors in mods.single], mods.final[:count])
+
+
+def cut(rows: Tensor | None, count: int) -> Tensor | None:
+    return None if rows is None else rows[:count]
