@@ -11,8 +11,9 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -22,11 +23,18 @@ from step1x.bench.ceilings import timed
 from step1x.bench.measure import device_name
 from step1x.bench.record import ROOT, Kind, Metric, Record, place, revision
 from step1x.engine.errors import InputError
-from step1x.profiles import default_profile
+from step1x.profiles import default_profile, load_profile, profile_names
 
 LOG = "battery.log"  # in the folder of records: what every part said
 # Seconds that a part may take; together nine minutes.
-PARTS = {"kernels": 110, "dit": 160, "e2e": 140, "peers": 80, "memory": 50}
+PARTS = {"kernels": 120, "dit": 170, "e2e": 150, "peers": 90}
+# A part for each profile with a budget, to be asked for by name; five of them are nine minutes.
+PROFILES = {name: 105 for name in profile_names() if load_profile(name).budget_gb}
+LIMITS = {**PARTS, **PROFILES}
+# Precision -> the profile that has all of it resident, whose time the others of that precision are compared with.
+RESIDENT = {"bf16": "bf16-80gb", "fp8": "fp8-80gb"}
+PART_HELP = "Only these; a profile's name measures it.  [default: all but profiles]"
+SMOKE = (*PARTS, "bf16-24gb", "fp8-18gb")
 ENOUGH = 0.8  # of a part's time: nothing new is begun then
 
 
@@ -80,10 +88,10 @@ def run_part(name: str, smoke: bool, commit: str) -> Record:
         "dit": battery_model.dit,
         "e2e": battery_model.e2e,
         "peers": battery_model.peers,
-        "memory": battery_model.memory,
+        **{name: partial(battery_model.profile, name=name) for name in PROFILES},
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = Run(device, size_name(smoke) == "smoke", time.monotonic() + ENOUGH * PARTS[name])
+    run = Run(device, size_name(smoke) == "smoke", time.monotonic() + ENOUGH * LIMITS[name])
     with torch.no_grad():
         parts[name](run)
     return Record(
@@ -124,7 +132,7 @@ def run_all(parts: Sequence[str], out: Path, commit: str, smoke: bool, again: bo
         words = [sys.executable, "-m", "step1x.bench.battery", "--part", part, "--out", str(out)]
         words += ["--commit", commit, "--inside"]
         started = time.monotonic()
-        end = _in_a_process([*words, *(["--smoke"] if smoke else [])], PARTS[part], out / LOG)
+        end = _in_a_process([*words, *(["--smoke"] if smoke else [])], LIMITS[part], out / LOG)
         click.echo(f"{part}: {end or 'done'} in {time.monotonic() - started:.0f} s", err=True)
         if end:
             failed.append(part)
@@ -148,10 +156,11 @@ def _in_a_process(words: Sequence[str], seconds: float, log: Path) -> str:
 def merged(out: Path, commit: str, size: str) -> Record:
     """The records of the parts in `out` as one, those of this commit and size. Raises ClickException if none."""
     records, notes = {}, {}
-    for part in PARTS:
+    for part in LIMITS:
         path = out / f"{part}.json"
         if not path.exists():
-            notes[part] = "no record: it failed or was not run"
+            if part in PARTS:
+                notes[part] = "no record: it failed or was not run"
         elif (found := Record.read(path)).place.commit != commit:
             notes[part] = f"its record is of another commit: {found.place.commit[:12]}"
         elif found.size != size:
@@ -162,8 +171,22 @@ def merged(out: Path, commit: str, size: str) -> Record:
         raise click.ClickException("no part left a record")
     last = list(records.values())[-1]
     metrics = {name: metric for record in records.values() for name, metric in record.metrics.items()}
+    metrics |= ratios(metrics)
     notes |= {key: text for record in records.values() for key, text in record.notes.items()}
     return last.model_copy(update={"metrics": metrics, "notes": notes})
+
+
+def ratios(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Of the time of each profile's edits to that of the profile of its precision that has everything resident."""
+    found = {}
+    for name in PROFILES:
+        peer = RESIDENT.get(name.split("-")[0])
+        for key, metric in metrics.items():
+            of_peer = metrics.get(key.replace(name, str(peer)))
+            if name != peer and key.startswith(f"{name}.") and key.endswith(".edit") and of_peer is not None:
+                ratio = metric.value / of_peer.value
+                found[key.removesuffix("edit") + "of_80gb"] = Metric(value=ratio, unit="", kind="info")
+    return found
 
 
 def table(record: Record) -> str:
@@ -179,7 +202,7 @@ def table(record: Record) -> str:
 
 
 @click.command(help="Measure this machine's GPU (or, with --smoke, prove on a CPU that the measurement runs).")
-@click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Only these.  [default: all]")
+@click.option("--part", "parts", multiple=True, type=click.Choice(list(LIMITS)), help=PART_HELP)
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "bench" / "results", help="Folder of records.")
 @click.option("--smoke", is_flag=True, help="Small shapes: seconds, on any machine.")
 @click.option("--again", is_flag=True, help="Run parts again whose record of this commit is there.")
@@ -194,7 +217,7 @@ def main(parts: tuple[str, ...], out: Path, commit: str | None, **how: bool) -> 
         return
     if not smoke and not torch.cuda.is_available():
         raise click.UsageError("no CUDA device here; --smoke runs every part on the CPU with small shapes")
-    chosen = parts or tuple(PARTS)
+    chosen = parts or (SMOKE if smoke else tuple(PARTS))
     failed = run_all(chosen, out, commit, smoke, again)
     record = merged(out, commit, size_name(smoke))
     record.write(out / "battery.json")

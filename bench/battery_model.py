@@ -1,4 +1,4 @@
-"""The battery's parts about the model: the transformer alone, whole edits, a peer's transformer, and memory caps."""
+"""The battery's parts about the model: the transformer alone, whole edits, a peer's transformer, and each profile."""
 
 import gc
 import math
@@ -21,8 +21,12 @@ from step1x.engine.algebra import OFF, ON
 from step1x.engine.dit import DiT, DiTConfig
 from step1x.engine.executor import Execution, stepper
 from step1x.engine.folder import locate
+from step1x.engine.hollow import model_sizes
 from step1x.engine.image import Canvas, image_ids
-from step1x.profiles import load_profile, profile_names
+from step1x.engine.planner import plan
+from step1x.engine.residency import limit
+from step1x.kernels.launch import capability
+from step1x.profiles import Profile, load_profile
 
 if TYPE_CHECKING:
     from step1x.engine.pipeline import Edit
@@ -30,7 +34,6 @@ if TYPE_CHECKING:
 SIZES = {"full": (512, 768, 1024), "smoke": (64,)}
 STEPS = {"full": 28, "smoke": 2}
 GUIDANCE = 6.0
-GB = 1e9
 
 
 def _sizes(run: Run) -> tuple[int, ...]:
@@ -96,16 +99,15 @@ def _step(run: Run, model: DiT, mode: str, side: int, rate: float) -> None:
     run.peak(f"{name}.peak_reserved")
 
 
-def _engine(run: Run, dtype: torch.dtype) -> Engine:
-    """The released model with random weights, or the bundled one."""
-    return (
-        Engine.load(device=str(run.device), dtype=dtype, cache=False) if run.smoke else full.engine(run.device, dtype)
-    )
+def _engine(run: Run, profile: str | Profile) -> Engine:
+    """The released model with random weights as a profile has it; for smoke runs, one of the bundled sizes."""
+    settings = load_profile(profile) if isinstance(profile, str) else profile
+    return full.engine(run.device, settings, model_sizes(None if run.smoke else full.VERSION))
 
 
 def e2e(run: Run) -> None:
     """Whole edits with guidance: stages, first and warm run, and how long the GPU waits between steps."""
-    engine, steps = _engine(run, run.dtype), _steps(run)
+    engine, steps = _engine(run, "bf16-80gb" if run.device.type == "cuda" else "cpu"), _steps(run)
     pictures = count()  # each edit is of another one: what the text model read of a picture is kept
 
     def edit(side: int, steps: int, on_stage: Callable[[str], None] | None = None) -> "Edit":
@@ -224,21 +226,24 @@ def _flux(run: Run, model: Any, config: DiTConfig, side: int) -> float:
     )
 
 
-def memory(run: Run) -> None:
-    """Profiles under the cap they claim: an edit at the largest size must finish; its seconds and peak are kept."""
-    side = _sizes(run)[-1]
-    for profile in (load_profile(name) for name in profile_names()):
-        if not profile.budget_gb:
-            continue
-        if run.device.type == "cuda":
-            total = torch.cuda.get_device_properties(run.device).total_memory
-            share = min(1.0, profile.budget_gb * GB / total)
-            torch.cuda.set_per_process_memory_fraction(share, run.device)
-        else:
-            run.notes[f"memory {profile.name}"] = "no cap: not a GPU"
-        engine = _engine(run, getattr(torch, profile.dtype))
-        edit = edit_and_save(engine, photograph(side, side), steps=2, guidance=GUIDANCE, size=side, seed=0)
-        run.put(f"memory.{profile.name}.edit", sum(edit.timings.values()), "s", "info")
-        run.peak(f"memory.{profile.name}.peak_reserved")
-        del engine, edit
-        gc.collect()
+def profile(run: Run, name: str) -> None:
+    """A profile under the cap that it claims: seconds of an edit at each size, and its peak beside the planned one."""
+    settings, sizes = load_profile(name), model_sizes(None if run.smoke else full.VERSION)
+    if run.device.type != "cuda":
+        run.notes[name] = "no cap: not a GPU"
+    elif 10 * settings.capability > capability(run.device):
+        run.notes[name] = f"not measured: needs compute capability {settings.capability}"
+        return
+    limit(settings.budget_gb, run.device)
+    engine, steps = _engine(run, settings), _steps(run)
+    for side in _sizes(run):
+        if run.late(f"{name} {side}"):
+            return
+        if not run.smoke:  # the first edit of a size compiles and warms up
+            edit_and_save(engine, photograph(side, side), steps=2, guidance=GUIDANCE, size=side, seed=0)
+        shown = photograph(side, side, 1)
+        edit = edit_and_save(engine, shown, steps=steps, guidance=GUIDANCE, size=side, seed=0)
+        run.put(f"{name}.{side}.edit", sum(edit.timings.values()), "s", "end-to-end")
+        run.peak(f"{name}.{side}.peak_reserved")
+        planned = plan(sizes, settings, canvas=Canvas(side, side), batch=1).peak.bytes
+        run.put(f"{name}.{side}.planned", planned, "B", "info")

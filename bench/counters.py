@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from step1x.bench import full
-from step1x.bench.counting import Launches, Memory, flop_counter
+from step1x.bench.counting import Launches, flop_counter
 from step1x.bench.pretend import Pretend
 from step1x.bench.record import Metric, Record, counts, place
 from step1x.engine import Engine, released
 from step1x.engine.algebra import OFF, ON, Algebra
+from step1x.engine.counting import Memory
 from step1x.engine.dit import DiT, Text
 from step1x.engine.executor import Execution
 from step1x.engine.fused import Fused
+from step1x.engine.hollow import see
 from step1x.engine.image import Canvas, image_ids
 from step1x.engine.weights import load
 
@@ -246,7 +248,7 @@ def text() -> Metrics:
     model = full.hollow_qwen()
     with torch.no_grad(), torch.device("meta"):
         with flop_counter() as tower:
-            _see(model.visual, *GRID)
+            see(model.visual, *GRID)
         with flop_counter() as language:
             model.language_model(
                 inputs_embeds=torch.empty(1, TEXT_TOKENS, model.config.text_config.hidden_size),
@@ -255,26 +257,6 @@ def text() -> Metrics:
             )
     seen = {"full.encode_text.vision_flops": tower.get_total_flops()}
     return counts({**seen, "full.encode_text.language_flops": language.get_total_flops()}, "FLOP")
-
-
-def _see(tower: Any, rows: int, columns: int) -> None:
-    """The vision tower on rows x columns merged cells, from meta tensors; its windows are given as numbers."""
-    config = tower.config
-    merge, window = config.spatial_merge_size**2, full.VISION_WINDOW
-    patches = rows * columns * merge
-    lengths = [
-        min(window, rows - row) * min(window, columns - column) * merge
-        for row in range(0, rows, window)
-        for column in range(0, columns, window)
-    ]
-    hidden = tower.patch_embed(torch.empty(patches, 3 * config.temporal_patch_size * config.patch_size**2))
-    head = config.hidden_size // config.num_heads
-    positions = (torch.empty(patches, head), torch.empty(patches, head))
-    for index, block in enumerate(tower.blocks):
-        spans = [patches] if index in config.fullatt_block_indexes else lengths
-        ends = torch.tensor([0, *spans], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-        hidden = block(hidden, cu_seqlens=ends, position_embeddings=positions)
-    tower.merger(hidden)
 
 
 def startup() -> Metrics:

@@ -1,20 +1,16 @@
-"""What a stretch of torch code does, counted exactly: FLOPs, operators that launch work, bytes alive.
+"""What a stretch of torch code does, counted exactly: FLOPs and operators that launch work (bytes: engine/counting.py).
 
-All three see each operator on its way to the backend, so they count real tensors, and fake ones of shapes that would
-never fit this machine, alike.
+Both see each operator on its way to the backend, so they count real tensors, and fake ones of shapes that would never
+fit this machine, alike.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
-from weakref import finalize
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from torch.utils.weak import WeakIdKeyDictionary
 
 import step1x.kernels.attention  # noqa: F401  # registers the op that the counter knows
 
@@ -49,34 +45,3 @@ class Launches(TorchDispatchMode):
         if func.namespace != "prim" and not func.is_view and func.overloadpacket not in IDLE:
             self.operators[str(func)] += 1
         return func(*args, **(kwargs or {}))
-
-
-class Memory(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still alive, now and at most.
-
-    What was there before (weights, inputs) is not counted; storages are, not tensors, so views are free.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = 0
-        self.peak = 0
-        self._seen = WeakIdKeyDictionary()
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._seen.setdefault(leaf.untyped_storage(), True)
-        out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage() not in self._seen:
-                storage = leaf.untyped_storage()
-                self._seen[storage] = True
-                self.now += storage.nbytes()
-                finalize(storage, self._freed, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out

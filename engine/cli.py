@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from step1x.bench.commands import bench
+from step1x.bench.quant_commands import quant
 from step1x.engine.errors import InputError
 from step1x.engine.options import EXIT_CODES, DeviceName, Finite, Switch, debug_option
+from step1x.engine.plan_commands import plan, profiles
 from step1x.engine.variants import DEFAULTS, VARIANTS
 
 if TYPE_CHECKING:
@@ -375,7 +377,8 @@ def cache_clear() -> None:
     click.echo(f"removed {size / 1e6:.1f} MB", err=True)
 
 
-program.add_command(bench)
+for command in (bench, quant, plan, profiles):
+    program.add_command(command)
 
 
 def _echo_path(path: str) -> None:

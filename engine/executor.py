@@ -10,9 +10,9 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from step1x.kernels.attention import attention_op
 from step1x.kernels.attention_backends import Attention, choose
 from step1x.kernels.cfg_step import cfg_step_op
 from step1x.kernels.launch import Op, pays
+from step1x.profiles import Profile
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,11 @@ class Execution:
     def __post_init__(self) -> None:
         if self.kernels not in ("auto", "on", "off"):
             raise InputError(f"kernels must be 'auto', 'on' or 'off', got {self.kernels!r}")
+
+    @classmethod
+    def of(cls, profile: Profile) -> Self:
+        """As a profile says."""
+        return cls(**{field.name: getattr(profile, field.name) for field in fields(cls)})
 
     def operation(self, op: Op, device: torch.device) -> Callable[..., Any]:
         """What runs an operation on a device: where no kernel does, its reference, without the dispatcher's 0.2 ms."""

@@ -241,7 +241,8 @@ class Fused:
         rows, normed = pair
         outer = block.split[0]  # rows of the weights that make q, k and v
         qkv = product_of_rows(block.linear1, normed, slice(outer))
-        kept = normed[:, image] if isinstance(normed, Tensor) else (normed[0][:, image], normed[1][:, image])
+        # The scales are copied: a view of them may begin anywhere, products on CUDA want aligned operands.
+        kept = normed[:, image] if isinstance(normed, Tensor) else (normed[0][:, image], normed[1][:, image].clone())
         hidden = product_of_rows(block.linear1, kept, slice(outer, None))
         q, k, v = self._heads(qkv, None, (scales, None), rope, keys)
         joined = self.feed(block.linear2).gelu_join(keys.attend(q[:, :, image], k, v, keys.bias), hidden)

@@ -5,7 +5,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -196,9 +196,8 @@ class Engine:
             residency=residency,
         )
         given = {name: value for name, value in execution.items() if value is not None}
-        own = {field.name: getattr(settings, field.name) for field in fields(Execution)}
         kept = (EmbeddingCache() if cache else None) if isinstance(cache, bool) else cache
-        return cls(components, chosen(Execution, {**own, **given}), kept, residency)
+        return cls(components, chosen(Execution, {**asdict(Execution.of(settings)), **given}), kept, residency)
 
     @property
     def device(self) -> torch.device:

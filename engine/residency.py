@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Packed:
             if not without(name):
                 self.places.append(Place(tensor, end, tensor.dtype, tensor.shape))
                 end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        self.host = torch.empty(end, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.host = pinned(end)
         for place in self.places:
             place.within(self.host).copy_(place.tensor)
         self.point(self.host)
@@ -61,6 +62,31 @@ class Packed:
         """Lets the module read its tensors from `block`, which holds the same bytes as `host`."""
         for place in self.places:
             place.tensor.data = place.within(block)
+
+
+def limit(budget_gb: float, device: torch.device) -> None:
+    """Lets this process take no more than so many GB (1e9 bytes) of a GPU's memory; 0: all of it.
+
+    The CUDA context, some hundred MB, is not PyTorch's to count.
+    """
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = min(1.0, budget_gb * 1e9 / total) if budget_gb else 1.0
+    torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def pinned(size: int) -> Tensor:
+    """Bytes of host memory that a GPU, if there is one, can copy from on its own.
+
+    Registered as they are: PyTorch's own pinned memory comes in powers of two.
+    """
+    host = torch.empty(size, dtype=torch.uint8)
+    if torch.cuda.is_available() and size:
+        cuda = torch.cuda.cudart()
+        torch.cuda.check_error(cuda.cudaHostRegister(host.data_ptr(), size, 0))
+        finalize(host, cuda.cudaHostUnregister, host.data_ptr())
+    return host
 
 
 class Visiting:

@@ -11,9 +11,7 @@ INT_MM_ROWS = 17  # least number that `torch._int_mm` takes on CUDA
 PIECE = 4096  # rows whose int32 and float32 sums are held at a time: of all rows they may take gigabytes
 
 
-def fp8_product(
-    rows: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def fp8_product(rows: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """rows @ weight.T + bias (M, N) in dtype, summed in float32, scaled and rounded once.
 
     rows: e4m3 (M, K) and float32 scales (M, 1); weight: e4m3 (N, K) and scales (N, 1). K, N: multiples of 16 on CUDA.
@@ -23,15 +21,14 @@ def fp8_product(
         one = scales.new_ones(())
         product = torch._scaled_mm(values, matrix.t(), one, one, out_dtype=torch.float32)
         return _scaled(product, scales, matrix_scales, bias, dtype)
-    # Fast accumulation: Hopper sums 128 products before it promotes to float32; elsewhere it has no effect.
+    # Fast: Hopper leaves the sums in its tensor cores, which are less exact than float32 but far more so than e4m3, and
+    # does not stop to add them up in registers. It means nothing elsewhere.
     return torch._scaled_mm(
         values, matrix.t(), scales, matrix_scales.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
     )
 
 
-def int8_product(
-    rows: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def int8_product(rows: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """rows @ weight.T + bias (M, N) in dtype: exact sums, scaled in float32 and rounded once.
 
     rows: int8 (M, K) and float32 scales (M, 1); weight: int8 (N, K) and scales (N, 1). K, N: multiples of 8 on CUDA.

@@ -67,7 +67,7 @@ def dequantise(scheme: Scheme, parts: dict[str, Tensor], dtype: torch.dtype) -> 
 
 def quantise_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values and float32 scales (..., 1) with values * scales ~ x; the largest of each row becomes 127."""
-    scales = row_peaks(x) / INT8_MAX
+    scales = (row_peaks(x) / INT8_MAX).unsqueeze(-1)
     return (x / scales).round_().to(torch.int8), scales
 
 

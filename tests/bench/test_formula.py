@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from step1x.bench import formula, full
-from step1x.bench.counters import GRID, TEXT_TOKENS, _see
+from step1x.bench.counters import GRID, TEXT_TOKENS
 from step1x.bench.counting import flop_counter
 from step1x.engine import released
 from step1x.engine.connector import ConnectorConfig
 from step1x.engine.dit import DiT, DiTConfig, Text
+from step1x.engine.hollow import see
 from step1x.engine.image import Canvas, image_ids
 from step1x.engine.vae import VAE, VAEConfig
 
@@ -97,7 +98,7 @@ def test_text_model() -> None:
                 inputs_embeds=torch.zeros(1, 7, 64), position_ids=torch.zeros(3, 1, 7, dtype=torch.long)
             )
         with flop_counter() as vision:
-            _see(model.visual, rows, columns)
+            see(model.visual, rows, columns)
     assert language.get_total_flops() == formula.language_model(config.text_config, 7)
     assert vision.get_total_flops() == formula.vision_tower(config.vision_config, rows, columns)
 

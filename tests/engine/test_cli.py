@@ -300,7 +300,7 @@ def test_no_command_shows_help():
 BENCH = ("bench", "bench compare", "bench gate", "bench accept", "bench paired")
 
 
-@pytest.mark.parametrize("command", ["", "edit", "info", "convert", "doctor", *BENCH])
+@pytest.mark.parametrize("command", ["", "edit", "info", "convert", "doctor", "plan", "profiles", *BENCH])
 def test_the_docs_hold_the_help(command):
     text = run(*command.split(), "--help", terminal_width=80).stdout
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")

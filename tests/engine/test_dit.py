@@ -1,5 +1,6 @@
 """The transformer on small random weights: shapes and dtypes, batches, what a token sees, rotary positions."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 from step1x.engine.connector import ConnectorConfig
 from step1x.engine.dit import DiT, DiTConfig, Text, apply_rope, modulate, rope_tables
 from step1x.engine.image import image_ids
+from step1x.quant.linear import quantise_layers
+from step1x.quant.schemes import Scheme
 
 CONNECTOR = ConnectorConfig(
     in_channels=12,
@@ -260,3 +263,18 @@ def test_rope_keeps_half_precision_and_far_positions_exact() -> None:
 def test_tables_are_as_wide_as_the_model() -> None:
     for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         assert {table.dtype for table in transformer(dtype=dtype).rope(*ids())} == {wanted}
+
+
+@pytest.mark.parametrize("scheme", ["plain", "fp8", "int8-weight"])
+def test_modulations_may_be_quantised_and_elsewhere(small_dit: Callable[..., DiT], scheme: Scheme) -> None:
+    """Those on another device are copied for the call, tensor by tensor of their scheme."""
+    dit = small_dit(dtype=torch.float32)
+    vec = torch.randn(2, dit.config.hidden_size)
+    wanted = dit.modulate(vec)
+    quantise_layers(dit, "folded", scheme)
+    got = dit.modulate(vec)
+    bound = 0 if scheme == "plain" else 0.05
+    assert float((got.final - wanted.final).norm()) <= bound * float(wanted.final.norm())
+    there = dit.modulate(vec.to("meta"))
+    assert there.single[0].shape == wanted.single[0].shape
+    assert {part.device.type for part in (*there.double[0], *there.single, there.final)} == {"meta"}

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from step1x.bench.counting import Memory
 from step1x.bench.full import fill, hollow_vae
 from step1x.engine import strips
+from step1x.engine.counting import Memory
 from step1x.engine.vae import VAE, VAEConfig
 
 SMALL = VAEConfig(

@@ -1,0 +1,112 @@
+"""Models without their weights: what sizes they have, and modules of these sizes that hold nothing.
+
+For what is planned (planner.py), counted or timed (bench/) without a checkpoint.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from step1x.engine import released, sizes
+from step1x.engine.dit import DiT, DiTConfig, Text
+from step1x.engine.folder import locate
+from step1x.engine.text import Conditioning
+from step1x.engine.vae import VAE, VAEConfig
+from step1x.engine.variants import Variant, variant
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSizes:
+    """All that is to be known of a model to plan it."""
+
+    name: str
+    variant: Variant
+    dit: DiTConfig
+    vae: VAEConfig
+    qwen: str  # JSON of the keywords of transformers' Qwen2_5_VLConfig
+
+
+def model_sizes(model: str | Path | None) -> ModelSizes:
+    """Sizes of a model from the headers of its files (see `folder.locate`), or of a released one: "v1.1", by heart.
+
+    Raises InputError when the model is not there, lacks a part or has keys or shapes that are not right.
+    """
+    if model in released.VERSIONS:
+        version = str(model)
+        text = json.dumps(released.QWEN)
+        config = released.dit_config(version)
+        return ModelSizes(name=version, variant=variant(version), dit=config, vae=released.VAE, qwen=text)
+    from step1x.engine.qwen import read_config
+
+    folder = locate(model)
+    qwen = read_config(folder.needed_text()[0] / "config.json")
+    return ModelSizes(
+        name=folder.name,
+        variant=folder.variant(),
+        dit=sizes.dit_config(folder.dit, folder.dit_configs),
+        vae=sizes.vae_config(folder.needed_vae(), folder.vae_configs),
+        qwen=json.dumps({part: getattr(qwen, part).to_dict() for part in ("text_config", "vision_config")}),
+    )
+
+
+def hollow_dit(config: DiTConfig, fp32_norms: bool = True) -> DiT:
+    """A transformer with its connector on the meta device."""
+    with torch.device("meta"):
+        return DiT(config, fp32_norms)
+
+
+def hollow_vae(config: VAEConfig) -> VAE:
+    """An autoencoder on the meta device."""
+    with torch.device("meta"):
+        return VAE(config)
+
+
+def hollow_qwen(values: dict[str, Any]) -> "Qwen2_5_VLModel":
+    """Vision tower and language model, without the head, on the meta device. values: of their Qwen2_5_VLConfig."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    config = Qwen2_5_VLConfig(**values)
+    with torch.device("meta"):
+        return Qwen2_5_VLModel._from_config(config, attn_implementation="sdpa", dtype=torch.get_default_dtype())
+
+
+def instruction(valid: int, row: Variant, dit: DiT) -> Conditioning:
+    """An encoded instruction of so many valid rows as `Conditioner.encode` returns it, all zeros."""
+    rows, width = row.text_tokens if row.pad_text else valid, dit.config.connector.in_channels
+    tokens = torch.zeros(1, rows, width, dtype=dit.dtype, device=dit.device)
+    mask = (torch.arange(rows, device=dit.device) < valid).long()[None]
+    mapped = row.quote_rule == "pairs"
+    text = Text(tokens, mask, embeds=tokens.clone() if mapped else None, quoted=mask.clone() if mapped else None)
+    return Conditioning(text, torch.zeros(1, rows, 3), valid)
+
+
+def see(tower: nn.Module, rows: int, columns: int, blocks: int | None = None) -> Tensor:
+    """What a vision tower, hollow or not, makes of rows x columns merged cells: (cells, width of the language model).
+
+    Its windows are given as numbers, so that no value has to be known. blocks: only so many, from the first.
+    """
+    config: Any = tower.config
+    merge, cells = config.spatial_merge_size**2, config.window_size // config.patch_size // config.spatial_merge_size
+    patches = rows * columns * merge
+    windows = [
+        min(cells, rows - row) * min(cells, columns - column) * merge
+        for row in range(0, rows, cells)
+        for column in range(0, columns, cells)
+    ]
+    pixels, head = 3 * config.temporal_patch_size * config.patch_size**2, config.hidden_size // config.num_heads
+    network: Any = tower
+    place = network.patch_embed.proj.weight.device
+    hidden = network.patch_embed(torch.empty(patches, pixels, device=place))
+    positions = (torch.empty(patches, head, device=place), torch.empty(patches, head, device=place))
+    for index, block in enumerate(network.blocks[:blocks]):
+        spans = [patches] if index in config.fullatt_block_indexes else windows
+        ends = torch.tensor([0, *spans], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+        hidden = block(hidden, cu_seqlens=ends, position_embeddings=positions)
+    return network.merger(hidden)
