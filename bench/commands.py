@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from step1x.engine.errors import InputError
-from step1x.engine.options import EXIT_CODES, DeviceName, Finite, debug_option
+from step1x.engine.options import EXIT_CODES, PROFILE_HELP, DeviceName, Finite, debug_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ JSON_HELP = "Also write the figures as JSON; - is standard output."
 
 @click.group(invoke_without_command=True, epilog=EXIT_CODES)
 @click.option("--model", metavar="MODEL", help="Folder of weights or Hub id.  [default: bundled]")
-@click.option("--profile", metavar="NAME", help="Profile or .toml file.  [default: bf16-80gb on CUDA, else cpu]")
+@click.option("--profile", metavar="NAME", help=PROFILE_HELP)
 @click.option("--device", type=DeviceName(), metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--size", type=click.IntRange(16, 8192), metavar="N", help="Size level.  [default: the model's]")
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Denoising steps.  [default: the model's]")

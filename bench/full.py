@@ -106,8 +106,9 @@ def engine(device: torch.device, profile: Profile, sizes: ModelSizes | None = No
 
     sizes: of a model, by default the released one. Engines for one profile have the same weights on every run.
     """
-    sizes = sizes or hollow.model_sizes(VERSION)
-    make, (text, processor) = random(device), locate(None).needed_text()
+    sizes, bundled = sizes or hollow.model_sizes(VERSION), locate(None)
+    make, (text, processor) = random(device), bundled.needed_text()
+    row = sizes.variant.override({"template_tokens": bundled.variant().template_tokens})  # of the tokenizer
     dtype, lies = getattr(torch, profile.dtype), profile.residency
     dit = hollow.hollow_dit(sizes.dit, sizes.variant.dtype_flow != "pure").to(dtype)
     vae = hollow.hollow_vae(sizes.vae)
@@ -121,9 +122,9 @@ def engine(device: torch.device, profile: Profile, sizes: ModelSizes | None = No
     fill(vae, make, getattr(torch, profile.vae_dtype), lambda key: lies.vae != "resident")
     compute_frequencies(qwen, device)
     pictures = load_image_processor(processor, read_config(text / "config.json"))
-    conditioner = Conditioner(qwen.eval(), load_tokenizer(processor), pictures, sizes.variant)
+    conditioner = Conditioner(qwen.eval(), load_tokenizer(processor), pictures, row)
     name = f"random-{sizes.name}"
-    components = Components(variant=sizes.variant, dit=dit, vae=vae, conditioner=conditioner, name=name, digest="")
+    components = Components(variant=row, dit=dit, vae=vae, conditioner=conditioner, name=name, digest="")
     return Engine(components, Execution.of(profile), residency=lies)
 
 

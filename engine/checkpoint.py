@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from step1x.engine.errors import InputError
 
@@ -62,6 +62,11 @@ def refuse_pickle(path: Path) -> None:
     """Raises InputError when the name is that of a pickle: reading one can run any code in it."""
     if path.suffix.lower() in PICKLES:
         raise InputError(f"{path}: a pickle ({path.suffix}) can run code when read; only .safetensors files are")
+
+
+def dtype_name(dtype: "torch.dtype") -> str:
+    """A torch dtype as the format spells it."""
+    return next(name for name in ITEM_BYTES if torch_dtype(name) == dtype)
 
 
 def _header(path: Path) -> tuple[bytes, int]:
@@ -245,29 +250,47 @@ class Planned:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
+class Sink(Protocol):
+    """What bytes are written to: an open file, or what stands before one."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
 def write(path: Path, tensors: Iterable[Planned]) -> None:
     """Writes a safetensors file, one tensor in memory at a time.
 
-    Order and header follow the safetensors library (widest dtype first, then by key), so equal tensors give
-    equal bytes. The caller makes it atomic.
+    Order and header follow the safetensors library, so equal tensors give equal bytes. The caller makes it atomic.
     """
-    ordered = sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.key))
+    with path.open("wb") as file:
+        write_to(file, in_order(tensors))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def in_order(tensors: Iterable[Planned]) -> list[Planned]:
+    """As the safetensors library orders them: widest dtype first, then by key."""
+    return sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.key))
+
+
+def write_to(file: Sink, tensors: Sequence[Planned]) -> None:
+    """Writes a safetensors file from its beginning, tensor by tensor in the order given.
+
+    The writer of the safetensors library would start every tensor at a multiple of its item size; readers do not need
+    it.
+    """
     lines: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in ordered:
+    for tensor in tensors:
         begin, end = end, end + tensor.size
         lines[tensor.key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     header = json.dumps(lines, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for planned in ordered:
-            value = planned.tensor()
-            if value.numel() * value.element_size() != planned.size:
-                raise RuntimeError(f"{planned.key}: {tuple(value.shape)} was planned as {planned.shape}")
-            file.write(value.contiguous().reshape(-1).view(_bytes()).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(len(header).to_bytes(8, "little") + header)
+    for planned in tensors:
+        value = planned.tensor()
+        if value.numel() * value.element_size() != planned.size:
+            raise RuntimeError(f"{planned.key}: {tuple(value.shape)} was planned as {planned.shape}")
+        file.write(value.contiguous().reshape(-1).view(_bytes()).numpy().data)
 
 
 def _bytes() -> "torch.dtype":

@@ -18,8 +18,9 @@ import click
 
 from step1x.bench.commands import bench
 from step1x.bench.quant_commands import quant
+from step1x.engine.build_commands import build, engines
 from step1x.engine.errors import InputError
-from step1x.engine.options import EXIT_CODES, DeviceName, Finite, Switch, debug_option
+from step1x.engine.options import EXIT_CODES, PROFILE_HELP, DeviceName, Finite, Switch, debug_option
 from step1x.engine.plan_commands import plan, profiles
 from step1x.engine.variants import DEFAULTS, VARIANTS
 
@@ -35,6 +36,8 @@ OUTPUT_HELP = "Result: .png, .jpg, .jpeg or .webp; - is standard output (PNG).  
 VARIANT_HELP = f"Parity preset: {', '.join(PRESETS)}.  [default: the model's]"
 BRANCHES_HELP = "Both forwards of guidance at once, or one by one.  [default: the model's]"
 ALGEBRA_HELP = "Rewrites that change rounding only.  [default: on]"
+SPEEDS = ["exact", "balanced", "fast", "turbo"]
+SPEED_HELP = "How much is left out of the steps; exact: nothing.  [default: the profile's]"
 KERNELS_HELP = "Our own on a GPU: those measured to be faster, all, none.  [default: the profile's]"
 ATTENTION = ["auto", "sdpa", "merged", "triton", "fp8", "flash3", "sage"]
 ATTENTION_HELP = f"Who computes attention: {', '.join(ATTENTION)}.  [default: the profile's]"
@@ -138,6 +141,8 @@ class Job:
     fix_quotes: bool
     branches: str | None
     exact_algebra: bool
+    speed: Literal["exact", "balanced", "fast", "turbo"] | None
+    mask: str | None
     kernels: Literal["auto", "on", "off"] | None
     attention: str | None
     compiled: bool | None
@@ -156,6 +161,8 @@ class Job:
                 raise InputError(f"the {what} is not UTF-8 text")
         if self.img == "-" and self.output is None:
             raise InputError("a picture from standard input has no name; give -o FILE, or -o - for standard output")
+        if self.mask == "-":
+            raise InputError("a mask cannot come from standard input; name its file")
         if self.output == "-" and self.as_json:
             raise InputError("-o - and --json both write to standard output; choose one")
 
@@ -174,7 +181,7 @@ class Job:
 @click.option("-o", "--output", metavar="FILE", help=OUTPUT_HELP)
 @click.option("--model", metavar="MODEL", help="Folder of weights or Hub id ORG/NAME.  [default: bundled]")
 @click.option("--variant", type=click.Choice(PRESETS), metavar="NAME", help=VARIANT_HELP)
-@click.option("--profile", metavar="NAME", help="Profile or .toml file.  [default: bf16-80gb on CUDA, else cpu]")
+@click.option("--profile", metavar="NAME", help=PROFILE_HELP)
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Denoising steps.  [default: the model's]")
 @click.option("--guidance", type=Finite(0, 1000), metavar="X", help="Guidance, 1 is none.  [default: the model's]")
 @click.option("--size", type=click.IntRange(16, 8192), metavar="N", help="Size level.  [default: the model's]")
@@ -184,6 +191,8 @@ class Job:
 @click.option("--fix-quotes", is_flag=True, help="Keep a lone apostrophe or quote from garbling the instruction.")
 @click.option("--branches", type=click.Choice(["batched", "sequential"]), help=BRANCHES_HELP)
 @click.option("--exact-algebra", type=Switch(), default="on", metavar="on|off", help=ALGEBRA_HELP)
+@click.option("--speed", type=click.Choice(SPEEDS), help=SPEED_HELP)
+@click.option("--mask", metavar="FILE", help="Picture that is bright, or opaque, where the edit may change something.")
 @click.option("--kernels", type=click.Choice(["auto", "on", "off"]), help=KERNELS_HELP)
 @click.option("--attention", type=click.Choice(ATTENTION), metavar="NAME", help=ATTENTION_HELP)
 @click.option("--compile/--no-compile", "compiled", default=None, help=COMPILE_HELP)
@@ -211,8 +220,8 @@ def _check(job: Job) -> "Picture":
     """The opened source, after everything that can be refused without a model has been."""
     from step1x.engine.picture import check_target, keeps_alpha, open_picture
 
-    if job.profile is not None:
-        _check_profile(job.profile)
+    if job.profile not in (None, "auto"):
+        _check_profile(str(job.profile))
     if job.output == "-" and (sys.stdout is None or sys.stdout.isatty()):
         raise InputError("standard output is a terminal or closed; redirect it to a file, or give -o FILE")
     if job.img == "-" and (sys.stdin is None or sys.stdin.isatty()):
@@ -235,6 +244,10 @@ def _check_profile(name: str) -> None:
 
 def _run(job: Job, picture: "Picture") -> "Edit":
     """Load the model, edit, save."""
+
+    def note(line: str) -> None:
+        click.echo(f"note: {line}", err=True)
+
     from step1x.engine.progress import Progress, terminal
 
     with Progress(terminal(job.quiet)) as progress:
@@ -248,7 +261,9 @@ def _run(job: Job, picture: "Picture") -> "Edit":
             device=job.device,
             variant=job.variant,
             fix_quotes=job.fix_quotes,
-            cache=not job.no_cache and EmbeddingCache(say=lambda line: click.echo(f"note: {line}", err=True)),
+            cache=not job.no_cache and EmbeddingCache(say=note),
+            say=note,
+            progress=progress,
             kernels=job.kernels,
             attention=job.attention,
             compiled=job.compiled,
@@ -264,6 +279,8 @@ def _run(job: Job, picture: "Picture") -> "Edit":
             strength=job.strength,
             branches=job.branches,
             exact_algebra=job.exact_algebra,
+            speed=job.speed,
+            mask=job.mask,
             on_step=progress.step,
             on_stage=progress.stage,
         )
@@ -377,7 +394,7 @@ def cache_clear() -> None:
     click.echo(f"removed {size / 1e6:.1f} MB", err=True)
 
 
-for command in (bench, quant, plan, profiles):
+for command in (bench, build, engines, plan, profiles, quant):
     program.add_command(command)
 
 

@@ -22,7 +22,7 @@ from step1x.engine.dit import DiT
 from step1x.engine.errors import InputError
 from step1x.engine.folder import QWEN, ModelFolder, locate
 from step1x.engine.layouts import KeyMap, Layout, Shapes, Target
-from step1x.engine.save import SHARD_BYTES, Network, Parcel, appearing, write_diffusers, write_official
+from step1x.engine.save import SHARD_BYTES, Network, Parcel, appearing, check_room, write_diffusers, write_official
 from step1x.engine.vae import VAE
 from step1x.engine.weights import check, dit_targets, shapes, vae_targets
 
@@ -46,7 +46,8 @@ def convert(source: str | Path, target: str | Path, layout: Layout, *, shard_byt
         dit=_dit(folder, layout),
         vae=None if folder.vae is None else _vae(folder, folder.vae, layout),
     )
-    _check_room(path, [folder.dit] if folder.vae is None else [folder.dit, folder.vae])
+    checkpoints = [folder.dit] if folder.vae is None else [folder.dit, folder.vae]
+    check_room(path, sum(entry.size for checkpoint in checkpoints for entry in checkpoint.values()))
     with appearing(path) as partial:
         if layout == "official":
             write_official(partial, parcel)
@@ -58,14 +59,6 @@ def convert(source: str | Path, target: str | Path, layout: Layout, *, shard_byt
             _link(folder.text, partial / "text_encoder", model)
             _link(folder.processor, partial / "processor", rest)
     return path
-
-
-def _check_room(path: Path, checkpoints: Iterable[Checkpoint]) -> None:
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    needed = sum(entry.size for checkpoint in checkpoints for entry in checkpoint.values())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(f"{path}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
 def _dit(folder: ModelFolder, layout: Layout) -> Network:

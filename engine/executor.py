@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -87,7 +88,7 @@ def prepared(components: Components, execution: Execution) -> Runner:
     """
     components.vae.strip_pixels = execution.strip_pixels
     if execution.compiled:
-        keep_compiled()
+        keep_compiled(components.compiled)
         compile_vae(components.vae)
     return stepper(components.dit, execution)
 
@@ -217,8 +218,8 @@ def assembled(given: Sequence[Tensor], like: Step) -> tuple[Tensor, Step, Rope]:
     return img, Step(text, mods, None if like.bias is None else given[-1], like.biased), (cos, sin)
 
 
-def keep_compiled() -> None:
-    """Lets the compiler keep what it makes in the user's cache, so that the next process starts warm.
+def keep_compiled(folder: Path | None = None) -> None:
+    """Lets the compiler keep what it makes, so that the next process starts warm. folder: default in the user's cache.
 
     Code found there is run, so a folder that anyone else may write to is not used. Where TORCHINDUCTOR_CACHE_DIR says
     where to keep it, that holds.
@@ -228,7 +229,7 @@ def keep_compiled() -> None:
     # Importing the compiler sets the variable to a folder of the temporary ones.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
         return
-    folder = cache_folder() / "compiled"
+    folder = folder or cache_folder() / "compiled"
     try:
         make_private(folder)
     except OSError as error:  # a full or read-only disk costs the next start its warmth, not this edit

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from step1x.engine import released, sizes
 from step1x.engine.dit import DiT, DiTConfig, Text
 from step1x.engine.folder import locate
+from step1x.engine.qwen import hollow_model, read_config
 from step1x.engine.text import Conditioning
 from step1x.engine.vae import VAE, VAEConfig
 from step1x.engine.variants import Variant, variant
@@ -43,8 +44,6 @@ def model_sizes(model: str | Path | None) -> ModelSizes:
         text = json.dumps(released.QWEN)
         config = released.dit_config(version)
         return ModelSizes(name=version, variant=variant(version), dit=config, vae=released.VAE, qwen=text)
-    from step1x.engine.qwen import read_config
-
     folder = locate(model)
     qwen = read_config(folder.needed_text()[0] / "config.json")
     return ModelSizes(
@@ -70,11 +69,9 @@ def hollow_vae(config: VAEConfig) -> VAE:
 
 def hollow_qwen(values: dict[str, Any]) -> "Qwen2_5_VLModel":
     """Vision tower and language model, without the head, on the meta device. values: of their Qwen2_5_VLConfig."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+    from transformers import Qwen2_5_VLConfig
 
-    config = Qwen2_5_VLConfig(**values)
-    with torch.device("meta"):
-        return Qwen2_5_VLModel._from_config(config, attn_implementation="sdpa", dtype=torch.get_default_dtype())
+    return hollow_model(Qwen2_5_VLConfig(**values))
 
 
 def instruction(valid: int, row: Variant, dit: DiT) -> Conditioning:

@@ -50,7 +50,7 @@ class NormCurve:
     def _log(self, level: float) -> float | None:
         if not self.levels[-1] <= level <= self.levels[0]:
             return None
-        below = max(1, bisect_left(self.levels, -level, key=lambda one: -one))
+        below = bisect_left(self.levels, -level, lo=1, key=lambda one: -one)
         high, low = self.levels[below - 1], self.levels[below]
         above, under = math.log(self.norms[below - 1]), math.log(self.norms[below])
         return under + (above - under) * (level - low) / (high - low)

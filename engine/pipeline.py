@@ -1,11 +1,12 @@
 """Engine: load a model once, edit many pictures with it. The stages of an edit in order, and nothing else."""
 
 import gc
+import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -14,26 +15,38 @@ from torch import Tensor
 
 from step1x.engine import image as pictures
 from step1x.engine.algebra import OFF, ON, Algebra
+from step1x.engine.build import find, find_or_build
 from step1x.engine.denoise import Guidance, Loop, branches, denoise
 from step1x.engine.embeddings import CachedConditioner, EmbeddingCache
 from step1x.engine.errors import InputError
 from step1x.engine.executor import DEFAULT, Execution, prepared, stepper
 from step1x.engine.health import first_lost, is_flat
 from step1x.engine.image import Canvas
+from step1x.engine.mask import open_mask, pasted
+from step1x.engine.parts import load_engine_folder, load_profile_of
 from step1x.engine.picture import Picture, Source, open_picture, save_picture
 from step1x.engine.pixels import attach_alpha
-from step1x.engine.residency import RESIDENT, Home
+from step1x.engine.policy import Dense, Policy
+from step1x.engine.presets import SPEEDS, Speed, masked, policy_of
+from step1x.engine.progress import Progress
+from step1x.engine.residency import RESIDENT, Home, limit
 from step1x.engine.schedule import timesteps
+from step1x.engine.selection import token_mask
+from step1x.engine.skipping import Skipping, by_mask, by_similarity, skip
+from step1x.engine.store import MANIFEST
 from step1x.engine.timing import OnStep, Recorder
 from step1x.engine.variants import NEGATIVE_T2I
 from step1x.engine.weights import Components, load
-from step1x.profiles import Residency, default_profile, load_profile
+from step1x.profiles import Profile, Residency, default_profile, load_profile, profile_for
 from step1x.quant.linear import dynamic, exactly
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     from step1x.engine.text import Conditioner, Conditioning
+
+log = logging.getLogger(__name__)
 
 Posterior = Literal["sample", "mean"]
 MAX_SEED = 2**63 - 1
@@ -42,15 +55,8 @@ MAX_SEED = 2**63 - 1
 EASINGS = ("autoencoder in strips", "text model evicted", "guidance one by one", "blocks streamed")
 STREAMED = 24  # of the transformer's 57 blocks, when nothing else helped: 6.5 of its 17.3 GB in bfloat16
 Chosen = TypeVar("Chosen")
-LOADING = (
-    "profile",
-    "device",
-    "dtype",
-    "variant",
-    "fix_quotes",
-    "cache",
-    *Execution.__dataclass_fields__,
-)  # keywords of Engine.load
+SETTINGS = ("device", "dtype", *Execution.__dataclass_fields__)  # of a profile, that Engine.load takes one by one
+LOADING = ("profile", "variant", "fix_quotes", "cache", "say", "progress", *SETTINGS)  # keywords of Engine.load
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,9 @@ class Options:
     posterior: Posterior = "sample"
     branches: Literal["batched", "sequential"] | None = None  # the two forwards of guidance
     exact_algebra: Algebra | bool = True  # rewrites that change rounding only
+    speed: Speed | None = None  # how much is left out (presets.py); None: as the profile says
+    mask: Source | None = None  # of the picture's size: only what it marks, bright or opaque, changes
+    policy: Policy | None = None  # instead of `speed`: what each step leaves out (policy.py)
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -96,6 +105,10 @@ class Options:
             raise InputError(f"posterior must be 'sample' or 'mean', got {self.posterior!r}")
         if self.branches not in (None, "batched", "sequential"):
             raise InputError(f"branches must be 'batched' or 'sequential', got {self.branches!r}")
+        if self.speed not in (None, *SPEEDS):
+            raise InputError(f"speed must be one of {', '.join(SPEEDS)}, got {self.speed!r}")
+        if self.policy is not None and self.speed is not None:
+            raise InputError("speed and policy are two ways to say one thing; give one")
         if not isinstance(self.exact_algebra, Algebra | bool):
             raise InputError(f"exact_algebra must be True, False or an Algebra, got {self.exact_algebra!r}")
 
@@ -123,6 +136,19 @@ class Noise:
         return cls(*(torch.randn(shape, generator=generator) for _ in range(2)))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What is to be made in one batch; `opened` None is text to image."""
+
+    opened: Sequence[Picture] | None
+    instructions: list[str]
+    seeds: list[int]
+    canvas: Canvas
+    recorder: Recorder
+    on_step: OnStep | None
+    marked: "list[np.ndarray] | None" = None  # of each picture, what may change (mask.py)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """Pictures (batch, 3, height, width), nominally in [-1, 1], and what metadata say of how they came about."""
@@ -140,8 +166,12 @@ class Engine:
         execution: Execution = DEFAULT,
         cache: EmbeddingCache | None = None,
         residency: Residency = RESIDENT,
+        skipping: tuple[Speed, bool] = ("exact", False),
     ) -> None:
-        """cache: of embeddings (engine/embeddings.py). residency: of the weights (engine/residency.py)."""
+        """cache: of embeddings (engine/embeddings.py). residency: of the weights (engine/residency.py).
+
+        skipping: how much is left out by default, and whether keys and values are kept in 8 bits for it.
+        """
         self.variant = components.variant
         self.dit = components.dit
         self.vae = components.vae
@@ -152,6 +182,7 @@ class Engine:
         self.digest = components.digest
         self._home = Home(components, residency, components.dit.device)
         self._execution = execution
+        self._speed, self._keeps_8_bits = skipping
         self._runner = prepared(components, execution)
         self._coarse = bool(execution.fp8_attention or execution.attention == "fp8" or dynamic(components.dit))
 
@@ -161,43 +192,50 @@ class Engine:
         model: str | Path | None = None,
         *,
         profile: str | Path | None = None,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
         variant: str | None = None,
         fix_quotes: bool = False,
         cache: EmbeddingCache | bool = True,
-        **execution: object,
+        say: Callable[[str], None] = log.info,
+        progress: Progress | None = None,
+        **settings: object,
     ) -> Self:
-        """Load `model`: a folder in the official or the diffusers layout, a Hub id, or None for the bundled one.
+        """Load a model once, for many edits.
 
-        profile: device and dtypes by name or .toml file (default: bf16-80gb with CUDA, else cpu); `device` and
-        `dtype` override it. variant: a parity preset such as "official-v1.1" (default: the weights' own).
-        fix_quotes: keep an apostrophe or a lone quote from opening a quotation, which the released programs let
-        it do, to the instruction's harm (§1.4). cache: of embeddings; True is the
-        user's own, on disk (engine/embeddings.py). execution: the fields of `Execution`, kernels, attention, compiled,
-        strip_pixels (default: the profile's). Raises InputError for anything wrong with the arguments or the files.
+        model: a folder in the official or the diffusers layout or that of an engine, a Hub id, or None for the bundled
+        one. profile: where and how precisely, by name or .toml file, or "auto" for the one that suits the card
+        (default: the engine's own, else bf16-80gb with CUDA or cpu). If it quantises, or an engine was built for it, an
+        engine is loaded, and built first if it must be (engine/build.py), which `say` and `progress` are told. variant:
+        a parity preset such as "official-v1.1" (default: the weights' own). fix_quotes: keep an apostrophe or a lone
+        quote from opening a quotation, which the released programs let it do, to the instruction's harm (§1.4). cache:
+        of embeddings; True is the user's own, on disk (engine/embeddings.py). settings: what differs from the profile,
+        of device, dtype (a torch one) and the fields of `Execution`.
+        Raises InputError for anything wrong with the arguments or the files.
         """
-        cuda = torch.cuda.is_available()
-        try:
-            settings = load_profile(profile or default_profile(cuda=cuda))
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        place = device if device not in (None, "auto") else settings.device
-        place = ("cuda" if cuda else "cpu") if place == "auto" else place
-        home = checked_device(place)
-        residency = settings.residency if home.type != "cpu" else RESIDENT  # there is no other place
-        components = load(
-            model,
-            device=home,
-            dtype=dtype or getattr(torch, settings.dtype),
-            vae_dtype=dtype or getattr(torch, settings.vae_dtype),
-            variant=variant,
-            fix_quotes=fix_quotes,
-            residency=residency,
-        )
-        given = {name: value for name, value in execution.items() if value is not None}
+        built = Path(model) if model is not None and (Path(model) / MANIFEST).is_file() else None
+        wanted = wanted_profile(profile, settings, built)
+        home = checked_device(wanted.device)
+        residency = wanted.residency if home.type != "cpu" else RESIDENT  # there is no other place
+        limit(wanted.budget_gb, home)
+        if built is None:
+            quantises = wanted.quantises
+            built = find_or_build(model, wanted, say=say, progress=progress) if quantises else find(model, wanted)
+        if built is not None:
+            components = load_engine_folder(
+                built, device=home, variant=variant, fix_quotes=fix_quotes, residency=residency
+            )
+        else:
+            components = load(
+                model,
+                device=home,
+                dtype=getattr(torch, wanted.dtype),
+                vae_dtype=getattr(torch, wanted.vae_dtype),
+                variant=variant,
+                fix_quotes=fix_quotes,
+                residency=residency,
+            )
         kept = (EmbeddingCache() if cache else None) if isinstance(cache, bool) else cache
-        return cls(components, chosen(Execution, {**asdict(Execution.of(settings)), **given}), kept, residency)
+        skipping = (wanted.speed, wanted.kv_dtype == "float8")
+        return cls(components, Execution.of(wanted), kept, residency, skipping)
 
     @property
     def device(self) -> torch.device:
@@ -252,17 +290,21 @@ class Engine:
         recorder = Recorder(self.device, on_stage)
         with recorder.stage("preprocess"):
             opened = [open_picture(source) for source in sources]
+            marked = None if wanted.mask is None else [open_mask(wanted.mask, one) for one in opened]
             canvas = self._canvas(opened, wanted.size)
-        made = self._fitted(
-            lambda options: self._sample(opened, list(instructions), drawn, canvas, options, recorder, on_step),
-            wanted,
-            canvas,
+        request = Request(
+            opened=opened,
+            instructions=list(instructions),
+            seeds=drawn,
+            canvas=canvas,
+            recorder=recorder,
+            on_step=on_step,
+            marked=marked,
         )
+        made = self._fitted(request, wanted)
         with recorder.stage("postprocess"):
-            images = [self._finished(pixels, source) for pixels, source in zip(made.pixels, opened, strict=True)]
-        facts = [
-            self._metadata(words, seed, wanted) | made.notes for words, seed in zip(instructions, drawn, strict=True)
-        ]
+            images = [self._finished(pixels, request, index) for index, pixels in enumerate(made.pixels)]
+        facts = [self._metadata(words, seed, wanted) for words, seed in zip(instructions, drawn, strict=True)]
         return [
             Edit(image, seed, recorder.seconds, recorder.steps, fact | made.notes)
             for image, seed, fact in zip(images, drawn, facts, strict=True)
@@ -287,9 +329,18 @@ class Engine:
         wanted = chosen(Options, {"negative_prompt": NEGATIVE_T2I, **options})
         drawn = checked_seed(seed)
         recorder = Recorder(self.device)
-        canvas = Canvas(width, height)
+        if wanted.mask is not None:
+            raise InputError("text to image has no picture that a mask could mark")
         made = self._fitted(
-            lambda options: self._sample(None, [prompt], [drawn], canvas, options, recorder, on_step), wanted, canvas
+            Request(
+                opened=None,
+                instructions=[prompt],
+                seeds=[drawn],
+                canvas=Canvas(width, height),
+                recorder=recorder,
+                on_step=on_step,
+            ),
+            wanted,
         )
         with recorder.stage("postprocess"):
             image = pictures.to_image(made.pixels[0], self.variant.truncate_output)
@@ -303,8 +354,8 @@ class Engine:
             raise InputError(f"pictures of one batch must come out at one size, these at {sizes}")
         return canvases.pop()
 
-    def _fitted(self, sample: Callable[[Options], Sampled], options: Options, canvas: Canvas) -> Sampled:
-        """`sample`, and again by each of EASINGS that is left, until it fits GPU memory; metadata names those taken.
+    def _fitted(self, request: Request, options: Options) -> Sampled:
+        """`_sample`, and again by each of EASINGS that is left, until it fits GPU memory; metadata names those taken.
 
         Size and precision stay what they are. Raises InputError if it does not fit after all.
         """
@@ -312,7 +363,7 @@ class Engine:
         left = list(EASINGS)
         while True:
             try:
-                made = sample(options)
+                made = self._sample(request, options)
                 return replace(made, notes=made.notes | {"out_of_memory": ", ".join(taken)}) if taken else made
             except torch.OutOfMemoryError:
                 pass  # what it holds is freed with it
@@ -322,11 +373,11 @@ class Engine:
             easier = None
             while left and easier is None:
                 name = left.pop(0)
-                easier = self._eased(name, options, canvas)
+                easier = self._eased(name, options, request.canvas)
             if easier is None:
                 also = f", also after: {', '.join(taken)}" if taken else ""
                 raise InputError(
-                    f"out of GPU memory at {canvas.width} x {canvas.height}{also}; "
+                    f"out of GPU memory at {request.canvas.width} x {request.canvas.height}{also}; "
                     "take a smaller size, or a profile with a smaller budget"
                 )
             taken.append(name)
@@ -351,49 +402,36 @@ class Engine:
         return None
 
     @torch.no_grad()
-    def _sample(
-        self,
-        opened: Sequence[Picture] | None,
-        instructions: list[str],
-        seeds: list[int],
-        canvas: Canvas,
-        options: Options,
-        recorder: Recorder,
-        on_step: OnStep | None,
-    ) -> Sampled:
-        """The edited pictures; `opened` None is text to image."""
-        loop, state = self._prepare(opened, instructions, seeds, canvas, options, recorder)
+    def _sample(self, request: Request, options: Options) -> Sampled:
+        """The edited pictures."""
+        loop, state = self._prepare(request, options)
+        skipping = None if state[1] is None else self._skipping(request, options)
         trail: list[Tensor] = []
-        pixels = self._run(loop, state, canvas, recorder, on_step, trail)
+        made = self._run(request, loop, state, skipping, trail)
         if not self._coarse:
-            return Sampled(pixels)
+            return made
         lost = first_lost(trail)
-        if lost is None and not is_flat(pixels):
-            return Sampled(pixels)
+        if lost is None and not is_flat(made.pixels):
+            return made
         first, steps = lost or 0, len(trail)
+        if skipping is not None:
+            first = 0  # what was kept of earlier steps may be lost as well
         with exactly(self.dit):
             again = (trail[first - 1] if first else state[0], state[1])
-            pixels = self._run(loop.exactly(self.dit, first), again, canvas, recorder, on_step)
+            made = self._run(request, loop.exactly(self.dit, first), again)
         why = "a picture of one colour" if lost is None else "a number out of range"
-        return Sampled(pixels, {"rerun": f"steps {first + 1} to {steps} without 8-bit arithmetic: it made {why}"})
+        return replace(made, notes={"rerun": f"steps {first + 1} to {steps} without 8-bit arithmetic: it made {why}"})
 
-    def _prepare(
-        self,
-        opened: Sequence[Picture] | None,
-        instructions: list[str],
-        seeds: list[int],
-        canvas: Canvas,
-        options: Options,
-        recorder: Recorder,
-    ) -> tuple[Loop, tuple[Tensor, Tensor | None]]:
+    def _prepare(self, request: Request, options: Options) -> tuple[Loop, tuple[Tensor, Tensor | None]]:
         """The loop of a request, and the tokens that it starts from: noisy ones, and the reference's."""
+        opened, canvas, recorder = request.opened, request.canvas, request.recorder
         steps = self.variant.steps if options.steps is None else options.steps
         scale = self.variant.guidance if options.guidance is None else options.guidance
         guided = scale > 1
-        noise = [Noise.draw(seed, canvas, self.vae.config.z_channels) for seed in seeds]
+        noise = [Noise.draw(seed, canvas, self.vae.config.z_channels) for seed in request.seeds]
         with recorder.stage("encode_text"):
             negative = options.negative_prompt if guided else None
-            groups = self._conditionings(opened, instructions, negative, canvas, options.algebra.share)
+            groups = self._conditionings(request, negative, options.algebra.share)
         with recorder.stage("encode_image"):
             latents = None if opened is None else self._encode(opened, canvas, noise, options.posterior)
         with recorder.stage("prepare"):
@@ -409,36 +447,50 @@ class Engine:
             loop = Loop(forwards, schedule, guidance, self.variant, options.algebra)
         return loop, (pictures.pack(state), None if latents is None else pictures.pack(latents))
 
+    def _skipping(self, request: Request, options: Options) -> Skipping | None:
+        """What a request leaves out; None: nothing. Raises InputError where that needs the fused operations."""
+        speed = options.speed or self._speed
+        policy = options.policy or (masked(speed) if request.marked is not None else policy_of(speed))
+        if isinstance(policy, Dense):
+            return None
+        if not options.algebra.fuse:
+            raise InputError("steps and regions are left out by the exact algebra's operations; leave it on")
+        grid = request.canvas.grid
+        select = by_similarity(grid)
+        if request.marked is not None:
+            masks = [token_mask(torch.from_numpy(one)[None], grid) for one in request.marked]
+            select = by_mask(torch.cat(masks), grid)
+        return Skipping(policy=policy, select=select, eight_bit=self._keeps_8_bits)
+
     def _run(
         self,
+        request: Request,
         loop: Loop,
         state: tuple[Tensor, Tensor | None],
-        canvas: Canvas,
-        recorder: Recorder,
-        on_step: OnStep | None,
+        skipping: Skipping | None = None,
         trail: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Decoded pictures (batch, 3, height, width), nominally in [-1, 1]."""
+    ) -> Sampled:
+        """Pictures of the tokens at the end of the loop."""
+        recorder, reference = request.recorder, state[1]
+        listening, notes = recorder.listening(request.on_step), {}
         with recorder.stage("denoise"), self._home.denoising():
             recorder.step()
-            tokens = denoise(self.dit, loop, state, recorder.listening(on_step), trail)
+            if skipping is None or reference is None:
+                tokens = denoise(self.dit, loop, state, listening, trail)
+            else:
+                done = skip(self.dit, loop, (state[0], reference), skipping, listening, trail)
+                tokens, notes = done.latents, done.notes
         with recorder.stage("decode"), self._home.using("vae"):
-            return self.vae.decode(pictures.unpack(tokens, canvas.grid).float())
+            pixels = self.vae.decode(pictures.unpack(tokens, request.canvas.grid).float())
+        return Sampled(pixels, notes)
 
-    def _conditionings(
-        self,
-        opened: Sequence[Picture] | None,
-        instructions: list[str],
-        negative: str | None,
-        canvas: Canvas,
-        share: bool,
-    ) -> "list[list[Conditioning]]":
+    def _conditionings(self, request: Request, negative: str | None, share: bool) -> "list[list[Conditioning]]":
         """Encoded instructions, and after them the negative prompts unless `negative` is None."""
         groups: list[list[Conditioning]] = [[] for _ in range(1 if negative is None else 2)]
-        for index, words in enumerate(instructions):
+        for index, words in enumerate(request.instructions):
             shown = None
-            if opened is not None:
-                shown = pictures.resized(opened[index].rgb, canvas, self.variant.resize)
+            if request.opened is not None:
+                shown = pictures.resized(request.opened[index].rgb, request.canvas, self.variant.resize)
             prompts = [words] if negative is None else [words, negative]
             for group, one in zip(groups, self.conditioner.encode(shown, prompts, share=share), strict=True):
                 group.append(one)
@@ -454,13 +506,17 @@ class Engine:
             latents = self.vae.encode(pixels.to(self.device), drawn, clamp_logvar=self.variant.clamp_logvar)
         return latents.to(self.dit.dtype)
 
-    def _finished(self, pixels: Tensor, source: Picture) -> "Image":
-        """The edited picture at the source's size, with the source's transparency."""
+    def _finished(self, pixels: Tensor, request: Request, index: int) -> "Image":
+        """The edited picture at the source's size, with its transparency, and its pixels outside a mask."""
         from PIL.Image import Resampling
 
+        assert request.opened is not None
+        source = request.opened[index]
         image = pictures.to_image(pixels, self.variant.truncate_output)
         if image.size != source.rgb.size:
             image = image.resize(source.rgb.size, Resampling.BICUBIC)
+        if request.marked is not None:
+            image = pasted(image, source.rgb, request.marked[index])
         return image if source.alpha is None else attach_alpha(image, source.alpha)
 
     def _metadata(self, instruction: str, seed: int, options: Options) -> dict[str, str | int | float]:
@@ -494,6 +550,40 @@ def checked_seed(seed: int | None) -> int:
     if not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed must be between 0 and {MAX_SEED}, got {seed}")
     return seed
+
+
+def wanted_profile(name: str | Path | None, settings: Mapping[str, object], built: Path | None = None) -> Profile:
+    """The profile with what differs from it; None and the device "auto" leave it as it is. Raises InputError.
+
+    built: an engine, whose profile is the default.
+    """
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        raise InputError(f"unknown option {', '.join(unknown)}; known: {', '.join(LOADING)}")
+    given = {key: value for key, value in settings.items() if value is not None and (key, value) != ("device", "auto")}
+    dtype = given.pop("dtype", None)
+    if dtype is not None:
+        given |= dict.fromkeys(("dtype", "vae_dtype"), str(dtype).removeprefix("torch."))
+    try:
+        if built is not None and name is None:
+            found = load_profile_of(built)
+        else:
+            found = load_profile(name_of(name) if name is None or name == "auto" else name)
+        place = str(given.get("device", found.device))
+        if place == "auto":
+            given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        return found.changed(given)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def name_of(wanted: str | Path | None) -> str:
+    """The profile that "auto" stands for on this machine, or the default one."""
+    if not torch.cuda.is_available():
+        return default_profile(cuda=False)
+    if wanted is None:
+        return default_profile(cuda=True)
+    card = torch.cuda.get_device_properties(0)
+    return profile_for(card.total_memory / 1e9, card.major + card.minor / 10)
 
 
 def checked_device(name: str) -> torch.device:

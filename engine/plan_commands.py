@@ -248,7 +248,7 @@ def _explained(profile: "Profile") -> list[str]:
         "8-bit attention": "never" if stretch is None else f"from {stretch[0]:.0%} to {stretch[1]:.0%} of the steps",
         "guidance": BRANCHES[profile.branches],
         "kept keys, values": f"{profile.kv_dtype}, between steps that recompute a part of the picture",
-        "skipping": "every step computes every token" if profile.skipping == "dense" else profile.skipping,
+        "speed": "exact: every step computes every token" if profile.speed == "exact" else profile.speed,
         "compilation": "blocks are compiled when they first run" if profile.compiled else "none",
     }
     lines = [profile.name, *textwrap.wrap(profile.description, 98, initial_indent="  ", subsequent_indent="  ")]

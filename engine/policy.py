@@ -133,12 +133,12 @@ class Policy(ABC):
         for step in range(1, len(schedule) - 1):
             past = _after(past, plan[-1], step - 1)
             permit = permits(step, past)
-            frozen = permit.reference and permit.unedited
-            # Unedited tokens can leave behind a full step only, and come back to one that computes them.
-            parked.append(bool(frozen) and (parked[-1] or plan[-1].mode is Mode.FULL))
+            # A policy that lets unedited tokens out has made the step before a full one (WHOLE).
+            parked.append(bool(permit.reference and permit.unedited))
             mode = Mode.REGION if parked[-1] else Mode.NOISE if permit.reference else Mode.FULL
             guide = _guide(permit, past, guided)
-            if permit.skip and parked[-1] >= parked[-2]:
+            landing = parked[-2] and not parked[-1]  # unedited tokens come back, to a velocity of their own
+            if permit.skip and not landing:
                 plan.append(StepPlan(Mode.SKIP, permit.scale, guide, instead=mode if self.probe else None))
             else:
                 plan.append(StepPlan(mode, guide=guide))

@@ -6,7 +6,7 @@ the files are there or an error names the one that is not.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,18 +47,22 @@ def load_model(
     Built on the meta device and filled tensor by tensor; `lm_head` is skipped. Raises InputError naming the
     file (and key) that is missing or wrong.
     """
-    from transformers import Qwen2_5_VLModel
-
     from step1x.engine.weights import stream
 
-    config = read_config(folder / "config.json")
-    # The dtype of meta tensors does not matter, but transformers would make the config's torch's process-wide
-    # default meanwhile, which other threads would see.
-    with torch.device("meta"):
-        model = Qwen2_5_VLModel._from_config(config, attn_implementation="sdpa", dtype=torch.get_default_dtype())
+    model = hollow_model(read_config(folder / "config.json"))
     stream(model, tensor_files(folder), model_key, device, dtype, at_host)
     compute_frequencies(model, device)
     return model.eval().requires_grad_(False)
+
+
+def hollow_model(config: "Qwen2_5_VLConfig") -> "Qwen2_5_VLModel":
+    """Vision tower and language model on the meta device."""
+    from transformers import Qwen2_5_VLModel
+
+    # The dtype of meta tensors does not matter, but transformers would make the config's torch's process-wide
+    # default meanwhile, which other threads would see.
+    with torch.device("meta"):
+        return Qwen2_5_VLModel._from_config(config, attn_implementation="sdpa", dtype=torch.get_default_dtype())
 
 
 def compute_frequencies(model: "Qwen2_5_VLModel", device: torch.device | str) -> None:
@@ -83,9 +87,13 @@ def model_key(key: str) -> str | None:
 
 def read_config(path: Path) -> "Qwen2_5_VLConfig":
     """The model's config. Raises InputError if the file is missing or of another model."""
+    return parse_config(read_json(path), path)
+
+
+def parse_config(values: dict[str, Any], path: Path) -> "Qwen2_5_VLConfig":
+    """The config of which `values` are the JSON, found at `path`. Raises InputError if it is of another model."""
     from transformers import Qwen2_5_VLConfig
 
-    values = read_json(path)
     if values.get("model_type") != MODEL_TYPE:
         raise InputError(f"{path}: model_type is {values.get('model_type')!r}, it must be {MODEL_TYPE!r}")
     return Qwen2_5_VLConfig.from_dict(values)

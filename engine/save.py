@@ -154,6 +154,14 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def check_room(path: Path, needed: int) -> None:
+    """Raises InputError when the disk of `path`, which need not exist, has fewer than `needed` bytes left."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"{path}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
+
+
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """A folder beside `path` that becomes `path` at the end, or vanishes when something fails."""

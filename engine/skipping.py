@@ -14,12 +14,13 @@ from torch import Tensor
 from step1x.engine.denoise import Branch, Loop, advance, euler, folded, times_of
 from step1x.engine.dit import DiT, Modulations, Request, Rope, Step
 from step1x.engine.kept import Active, Kept
-from step1x.engine.plan import Guide, Mode, StepPlan, edited_tokens, relative_change, similarity
+from step1x.engine.plan import Guide, Mode, StepPlan, edited_tokens, relative_change, similarity, spelled
 from step1x.engine.policy import Policy, Probe
 from step1x.engine.schedule import guided
 from step1x.engine.selection import Selection, choose, distance
 from step1x.engine.timing import OnStep
 
+LEAST_BUCKET = 16
 Select = Callable[[Tensor, Tensor], Selection]  # of the estimated result and the reference, (batch, tokens, 64) each
 
 
@@ -28,14 +29,20 @@ def by_similarity(grid: tuple[int, int]) -> Select:
 
     def select(estimate: Tensor, reference: Tensor) -> Selection:
         similar = similarity(estimate, reference)
-        return choose(edited_tokens(similar, grid), similar)
+        return choose(edited_tokens(similar, grid), similar, bucket(grid))
 
     return select
 
 
 def by_mask(mask: Tensor, grid: tuple[int, int]) -> Select:
     """The tokens (batch, tokens) bool that a mask marks."""
-    return lambda estimate, reference: choose(mask.to(estimate.device), distance(mask, grid).to(estimate.device))
+    order = distance(mask, grid)
+    return lambda estimate, reference: choose(mask.to(estimate.device), order.to(estimate.device), bucket(grid))
+
+
+def bucket(grid: tuple[int, int]) -> int:
+    """Tokens that the region is rounded up to: a sixteenth of all, 256 at 1024 x 1024 (step-skipping.md §1.10)."""
+    return max(grid[0] * grid[1] // 16, LEAST_BUCKET)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +75,12 @@ class Done:
     latents: Tensor
     steps: tuple[StepPlan, ...]
     selection: Selection | None
+
+    @property
+    def notes(self) -> dict[str, str | int | float]:
+        """For the result's metadata: the plan's letters, and how many tokens of each picture are edited."""
+        edited = self.selection and {"edited_tokens": ", ".join(map(str, self.selection.edited))}
+        return {"plan": spelled(self.steps), **(edited or {})}
 
 
 def skip(

@@ -27,7 +27,12 @@ from step1x.engine.vision_size import pre_size, processor_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLModel, Qwen2VLImageProcessorPil
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLModel,
+        Qwen2VLImageProcessorPil,
+    )
 
 T2I_SIZE = (1024, 1024)  # §1.8: for text to image the model is shown a black picture
 
@@ -229,18 +234,28 @@ def load_conditioner(
     The two are one folder in the official layout. Parameters of the model that `at_host` picks by their key stay in
     host memory, though it is to run on `device`. Raises InputError naming a file that is missing or wrong.
     """
-    config = read_config(text_encoder / "config.json")
-    tokenizer = load_tokenizer(processor)
-    image_processor = load_image_processor(processor, config)
+    tools = load_processor(processor, read_config(text_encoder / "config.json"), text_encoder)
+    model = load_model(text_encoder, device, dtype, at_host)  # last: it takes the longest
+    conditioner = Conditioner(model, *tools, variant, fix_quotes=fix_quotes)
+    conditioner.device = torch.device(device)
+    return conditioner
+
+
+def load_processor(
+    folder: Path, config: "Qwen2_5_VLConfig", text_encoder: Path
+) -> "tuple[PreTrainedTokenizerFast, Qwen2VLImageProcessorPil]":
+    """Tokenizer and picture processor in `folder`, for the text model of this config, which is in `text_encoder`.
+
+    Raises InputError naming a file that is missing or wrong, or does not fit the model.
+    """
+    tokenizer = load_tokenizer(folder)
+    image_processor = load_image_processor(folder, config)
     rows = config.text_config.vocab_size
     if len(tokenizer) > rows:
         raise InputError(
-            f"{processor}: the tokenizer has {len(tokenizer)} tokens, the text model in {text_encoder} only {rows}"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text model in {text_encoder} only {rows}"
         )
-    model = load_model(text_encoder, device, dtype, at_host)  # last: it takes the longest
-    conditioner = Conditioner(model, tokenizer, image_processor, variant, fix_quotes=fix_quotes)
-    conditioner.device = torch.device(device)
-    return conditioner
+    return tokenizer, image_processor
 
 
 def digest_of(image: "Image") -> bytes:

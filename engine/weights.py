@@ -41,6 +41,7 @@ class Components:
     name: str  # of the folder, or ORG/NAME@COMMIT
     digest: str  # of the files' names, sizes, headers and samples of their data
     text_digest: Callable[[], str] | None = None  # of the text model's files, with tokenizer and settings
+    compiled: Path | None = None  # where an engine keeps compiled code
 
 
 def load(
@@ -67,7 +68,7 @@ def load(
     row = folder.variant(variant)
     vae_files, (text, processor) = folder.needed_vae(), folder.needed_text()
     text_files = tensor_files(text)
-    _check_fit(folder, vae_files, Checkpoint(text_files))
+    check_fit(folder, vae_files, Checkpoint(text_files))
     official = row.dtype_flow != "pure"
     if vae_dtype is None:
         vae_dtype = torch.float32 if official and dtype.itemsize < 4 else dtype
@@ -94,7 +95,7 @@ def text_digest(files: Sequence[Path], *folders: Path) -> str:
     return found.hexdigest()
 
 
-def _check_fit(folder: ModelFolder, vae: Checkpoint, text: Checkpoint) -> None:
+def check_fit(folder: ModelFolder, vae: Checkpoint, text: Checkpoint) -> None:
     """Raises InputError when the three networks are not of one model: their widths must meet."""
     dit = sizes.dit_config(folder.dit, folder.dit_configs)
     cells = sizes.vae_config(vae, folder.vae_configs).z_channels * 4  # a token is 2 × 2 latent cells (§3.8)
@@ -164,11 +165,18 @@ def stream(
     misshapen, truncated.
     """
     checkpoint = Checkpoint(files)
+    targets, skipped = renamed(module, checkpoint, rename)
+    build(module, targets, checkpoint, device, dtype, skipped, at_host)
+
+
+def renamed(
+    module: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str | None]
+) -> tuple[list[Target], list[str]]:
+    """How the tensors of `module` are those in the files, whose keys `rename` maps, and the keys it maps to None."""
     names = {key: rename(key) for key in checkpoint}
     sources = {new: key for key, new in names.items() if new is not None}
     targets = [Target(key, shape, (Part(sources.get(key, key), shape),)) for key, shape in shapes(module).items()]
-    skipped = [key for key, new in names.items() if new is None]
-    build(module, targets, checkpoint, device, dtype, skipped, at_host)
+    return targets, [key for key, new in names.items() if new is None]
 
 
 def build(

@@ -1,6 +1,7 @@
 """Named settings: what an engine runs on and at which precision. One TOML file each, here or anywhere."""
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -23,6 +24,9 @@ MAX_BYTES = 1 << 16  # a profile is a page; more is some other file
 
 # How weights are kept and multiplied (quant/schemes.py): in the profile's dtype, or quantised by a scheme.
 Scheme = Literal["plain", "fp8", "fp8-weight", "int8", "int8-weight", "int4-weight", "nvfp4"]
+
+
+Dtype = Literal["float32", "bfloat16", "float64"]  # float64: to prove something by
 
 
 class _Table(BaseModel):
@@ -66,8 +70,8 @@ class Profile(_Table):
     size: int = Field(default=1024, ge=16, le=8192)  # largest size level that the budget is planned for
     batch: int = Field(default=1, ge=1)  # largest batch, likewise
     capability: float = Field(default=0, ge=0, allow_inf_nan=False)  # least compute capability; 0: any
-    dtype: Literal["float32", "bfloat16"]  # of arithmetic, and of weights that are not quantised
-    vae_dtype: Literal["float32", "bfloat16"]
+    dtype: Dtype  # of arithmetic, and of weights that are not quantised
+    vae_dtype: Dtype
     weights: Weights = Weights()
     residency: Residency = Residency()
     kernels: Literal["auto", "on", "off"] = "auto"  # our own on a GPU: those measured to be faster, all, none
@@ -75,9 +79,21 @@ class Profile(_Table):
     fp8_attention: tuple[float, float] | None = None  # shares of the steps between which attention is 8-bit
     branches: Literal["batched", "sequential"] | None = None  # of guidance; None: the model's own choice
     kv_dtype: Literal["bfloat16", "float8"] = "bfloat16"  # of keys and values kept between steps
-    skipping: Literal["dense"] = "dense"  # which steps and tokens are left out
+    speed: Literal["exact", "balanced", "fast", "turbo"] = "exact"  # how much is left out (engine/presets.py)
     compiled: bool = False  # compile the blocks when they first run
     strip_pixels: int = Field(default=1 << 21, ge=0)  # larger pictures: autoencoder in strips
+
+    @property
+    def quantises(self) -> bool:
+        """Whether any weights are quantised."""
+        return any(scheme != "plain" for scheme in self.weights.model_dump().values())
+
+    def changed(self, values: Mapping[str, object]) -> Self:
+        """With other values of some fields. Raises ValueError, one line, for an unknown field or a bad value."""
+        try:
+            return self.model_validate({**self.model_dump(), **values})
+        except ValidationError as error:
+            raise ValueError(f"profile {self.name!r}: {_first(error)}") from error
 
     @field_validator("fp8_attention", mode="before")
     @classmethod
@@ -146,11 +162,15 @@ def _read(path: Path) -> Profile:
     try:
         return Profile.model_validate({"name": path.stem, **values})
     except ValidationError as error:
-        # An unknown key first: it is most often the misspelt twin of a missing one.
-        first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            tables: dict[str, type[BaseModel]] = {"weights": Weights, "residency": Residency}
-            known = tables.get(str(first["loc"][0]), Profile).model_fields
-            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(known)}") from error
-        raise ValueError(f"{where}: {key}: {first['msg'].lower()}") from error
+        raise ValueError(f"{where}: {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    """What is wrong first; an unknown key before all: it is most often the misspelt twin of a missing one."""
+    first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{key}: {first['msg'].lower()}"
+    tables: dict[str, type[BaseModel]] = {"weights": Weights, "residency": Residency}
+    known = tables.get(str(first["loc"][0]), Profile).model_fields
+    return f"unknown key {key!r}; known: {', '.join(known)}"

@@ -95,9 +95,11 @@ def test_an_edit(engine, folder):
     loaded = {"profile": None, "device": None, "variant": None, "fix_quotes": False}
     loaded |= {"kernels": None, "attention": None, "compiled": None}
     [(model, given)] = engine.loaded
-    kept = given.pop("cache")
+    kept, say, progress = (given.pop(name) for name in ("cache", "say", "progress"))
     assert (model, given) == (None, loaded)
     assert kept.folder == cache_folder() / "embeddings"
+    assert isinstance(progress, Progress)
+    assert say is kept.say
     assert engine.asked[0][2]["exact_algebra"] is True
 
 
@@ -111,11 +113,13 @@ def test_every_option_reaches_the_engine(engine, folder):
     words = "--model m --variant v1.1 --profile cpu --steps 3 --guidance 2.5 --size 128 --seed 9"
     words += " --negative-prompt fog --strength 0.5 --fix-quotes --device cuda:1 -q -o out.webp"
     words += " --branches sequential --exact-algebra off --kernels on --attention merged --compile --no-cache"
+    words += " --speed fast --mask logo.png"
     result = run("edit", "photo.png", "make it blue", *words.split())
     assert (result.exit_code, result.stdout, result.stderr) == (0, "out.webp\n", "")
     loaded = {"profile": "cpu", "device": "cuda:1", "variant": "v1.1", "fix_quotes": True}
     loaded |= {"cache": False, "kernels": "on", "attention": "merged", "compiled": True}
-    assert engine.loaded == [("m", loaded)]
+    [(model, given)] = engine.loaded
+    assert (model, {name: given[name] for name in loaded}) == ("m", loaded)
     source, instruction, options = engine.asked[0]
     assert (source.name, source.rgb.size, instruction) == ("photo.png", (8, 6), "make it blue")
     del options["on_step"], options["on_stage"]
@@ -128,6 +132,8 @@ def test_every_option_reaches_the_engine(engine, folder):
         "strength": 0.5,
         "branches": "sequential",
         "exact_algebra": False,
+        "speed": "fast",
+        "mask": "logo.png",
     }
     assert options == expected
 
@@ -298,9 +304,10 @@ def test_no_command_shows_help():
 
 
 BENCH = ("bench", "bench compare", "bench gate", "bench accept", "bench paired")
+ENGINES = ("build", "engines list", "engines verify", "engines prune")
 
 
-@pytest.mark.parametrize("command", ["", "edit", "info", "convert", "doctor", "plan", "profiles", *BENCH])
+@pytest.mark.parametrize("command", ["", "edit", "info", "convert", "doctor", "plan", "profiles", *BENCH, *ENGINES])
 def test_the_docs_hold_the_help(command):
     text = run(*command.split(), "--help", terminal_width=80).stdout
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from step1x.bench.counters import photograph
 from step1x.engine import Edit, Engine, edit
+from step1x.engine.build import find_or_build
 from step1x.engine.dit import DiT
 from step1x.engine.embeddings import EmbeddingCache
 from step1x.engine.errors import InputError
@@ -26,6 +27,8 @@ from step1x.engine.vae import VAE, VAEConfig
 from step1x.engine.variants import VARIANTS, Variant
 from step1x.engine.weights import Components
 from step1x.kernels.adaln import adaln_op
+from step1x.profiles import load_profile
+from step1x.quant.linear import dynamic
 from step1x.training.edits import coverage, painted, rgb
 from step1x.training.recipe import dit_config
 from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
@@ -201,9 +204,9 @@ def test_a_profile_says_how_to_run(tmp_path: Path) -> None:
 
 
 def test_kernels_are_chosen_when_loading() -> None:
-    with pytest.raises(InputError, match="kernels must be"):
+    with pytest.raises(InputError, match="kernels: input should be"):
         Engine.load(device="cpu", kernels="some")
-    with pytest.raises(InputError, match="unknown option colour; known: kernels, attention, compiled, strip"):
+    with pytest.raises(InputError, match="unknown option colour; known: profile, variant, fix_quotes, cache, say"):
         Engine.load(device="cpu", colour="red")
     for kernels in ("auto", "on", "off"):
         run = Execution(kernels=kernels).operation(adaln_op, torch.device("cpu"))
@@ -396,3 +399,28 @@ def test_attention_in_8_bits_for_some_of_the_steps() -> None:
         results[name] = engine.edit(photo(), "make it darker", seed=1, steps=2, size=64).image
     assert 0 < difference(results["none"], results["first"]) <= 32
     assert difference(results["first"], results["all"]) > 0
+
+
+def test_a_profile_that_quantises_builds_an_engine_once() -> None:
+    said: list[str] = []
+    options: dict[str, Any] = {"profile": "fp8-18gb", "device": "cpu", "cache": False, "say": said.append}
+    plain = Engine.load(device="cpu", cache=False, dtype=torch.bfloat16).edit(photo(), "make it darker", seed=1)
+    built = Engine.load(**options)
+    assert [line for line in said if "building the engine of step1x-tiny for fp8-18gb" in line]
+    said.clear()
+    found = [
+        engine.edit(photo(), "make it darker", seed=1).image.tobytes() for engine in (built, Engine.load(**options))
+    ]
+    assert said == []
+    assert found[0] == found[1] != plain.image.tobytes()
+    assert built.dit.dtype == torch.bfloat16
+    assert "rerun" not in plain.metadata
+
+
+def test_an_engine_folder_is_a_model(tmp_path: Path) -> None:
+    """With the profile that it was built for, unless another is named."""
+    profile = load_profile("cpu").changed({"weights": {"dit": "int8"}})
+    folder = find_or_build(None, profile, say=print, into=tmp_path / "engine")
+    engine = Engine.load(folder, cache=False)
+    assert {layer.scheme for layer in dynamic(engine.dit)} == {"int8"}
+    assert engine.edit(photo(), "make it darker", seed=1, size=64).metadata["model"] == "step1x-tiny"

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from step1x.engine.plan import (
     GAMMAS_V11,
     GAMMAS_V12,
     DecayRule,
+    Guide,
     Mode,
+    Stages,
+    StepPlan,
     TeaCacheRule,
     as_stored,
     decay_plan,
@@ -135,6 +139,18 @@ def test_gammas_are_for_one_number_of_steps() -> None:
         decay_plan(timesteps(50, 4096).tolist(), DecayRule(gammas=GAMMAS_V11))
 
 
+def test_no_room_for_a_refresh_is_said() -> None:
+    with pytest.raises(ValueError, match="refresh steps have no room in so few steps, got \\[2\\]"):
+        Stages(steps=4, warmup=2, post=1, refreshes=(2,))
+
+
+def test_spelling_tells_all_modes_and_guides_apart() -> None:
+    evaluated = [Mode.FULL, Mode.NOISE, Mode.REGION]
+    plan = [StepPlan(mode, guide=guide) for guide in Guide for mode in evaluated]
+    assert spelled(plan) == "FNRfnrF-N-R-"
+    assert spelled([StepPlan(Mode.SKIP, guide=guide) for guide in Guide]) == "sss"
+
+
 def brute(mask: Tensor, offsets: list[tuple[int, int]], combine: object) -> Tensor:
     """Morphology cell by cell; cells beyond the border are not set."""
     rows, columns = mask.shape
@@ -209,6 +225,25 @@ def test_polynomial_has_the_shape_of_the_reference(change: float, wanted: float)
 
 def test_polynomial_of_any_degree() -> None:
     assert TeaCacheRule(coefficients=(2.0, 3.0, 5.0)).predicted(10.0) == 235.0
+
+
+def test_polynomial_is_not_used_outside_its_fit() -> None:
+    rule = TeaCacheRule(coefficients=(2.0, -1.0), span=(0.25, 1.5))
+    assert [rule.predicted(change) for change in (0, 0.25, 0.75, 1.5, 9)] == [0, 0, 0.5, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"threshold": -1.0}, "threshold of at least 0"),
+        ({"coefficients": ()}, "coefficients"),
+        ({"span": (0.5, 0.5)}, "must rise from 0"),
+        ({"span": (-0.1, 0.5)}, "must rise from 0"),
+    ],
+)
+def test_illegal_polynomials_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TeaCacheRule(**values)
 
 
 def test_default_threshold_skips_at_most_once_in_a_row() -> None:

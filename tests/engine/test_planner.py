@@ -82,7 +82,7 @@ def tracked(work: counted.Work, scheme: Any, batched: bool) -> int:
             tokens = torch.zeros(1, 2 * work.canvas.tokens, dit.config.in_channels, dtype=torch.bfloat16)
             img = dit.img_in(tokens)
             memory.peak = memory.now
-            velocities(dit, forwards, img, 0, time, work.canvas.tokens)
+            velocities(dit, forwards, img, (0, 1), time, work.canvas.tokens)
             return memory.peak
 
 
@@ -249,7 +249,7 @@ def test_a_plan_over_its_budget_proposes_a_profile() -> None:
     message = str(error.value)
     assert message.startswith("v1.1 with own, 1024x1024, batch 2, is ")
     assert "over its 24 GB in denoise (transformer 17.3, activations " in message
-    assert message.endswith("); int4-12gb (compute capability 8.0) fits")
+    assert message.endswith("); int8-24gb (compute capability 8.0) fits")
     assert "\n" not in message
 
 

@@ -60,7 +60,7 @@ def test_a_file_anywhere(tmp_path):
     [
         (GOOD + "stesp = 3\n", "unknown key 'stesp'; known: name, description, device"),
         (GOOD.replace("description", "discription"), "unknown key 'discription'"),
-        (GOOD.replace('"float32"', '"float16"'), "dtype: input should be 'float32' or 'bfloat16'"),
+        (GOOD.replace('"float32"', '"float16"'), "dtype: input should be 'float32', 'bfloat16' or 'float64'"),
         (GOOD.replace('"cpu"', '"tpu"'), "device: "),
         (GOOD.replace('"cpu"', "0"), "device: "),
         (GOOD.replace('device = "cpu"\n', ""), "device: field required"),

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from step1x.bench.counting import Memory
+from step1x.engine.counting import Memory
 from step1x.quant.schemes import SCHEMES
 from step1x.quant.weights import PIECE, dequantise, quantise
 
