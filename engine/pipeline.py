@@ -27,12 +27,12 @@ from step1x.engine.parts import load_engine_folder, load_profile_of
 from step1x.engine.picture import Picture, Source, open_picture, save_picture
 from step1x.engine.pixels import attach_alpha
 from step1x.engine.policy import Dense, Policy
-from step1x.engine.presets import SPEEDS, Speed, masked, policy_of
+from step1x.engine.presets import MASKED, PRESETS, SPEEDS, Speed
 from step1x.engine.progress import Progress
 from step1x.engine.residency import RESIDENT, Home, limit
 from step1x.engine.schedule import timesteps
 from step1x.engine.selection import token_mask
-from step1x.engine.skipping import Skipping, by_mask, by_similarity, skip
+from step1x.engine.skipping import Done, Skipping, by_mask, by_similarity, skip
 from step1x.engine.store import MANIFEST
 from step1x.engine.timing import OnStep, Recorder
 from step1x.engine.variants import NEGATIVE_T2I
@@ -450,7 +450,7 @@ class Engine:
     def _skipping(self, request: Request, options: Options) -> Skipping | None:
         """What a request leaves out; None: nothing. Raises InputError where that needs the fused operations."""
         speed = options.speed or self._speed
-        policy = options.policy or (masked(speed) if request.marked is not None else policy_of(speed))
+        policy = options.policy or (PRESETS if request.marked is None else MASKED)[speed]
         if isinstance(policy, Dense):
             return None
         if not options.algebra.fuse:
@@ -471,18 +471,35 @@ class Engine:
         trail: list[Tensor] | None = None,
     ) -> Sampled:
         """Pictures of the tokens at the end of the loop."""
+        tokens, done = self._denoised(request, loop, state, skipping, trail)
+        with request.recorder.stage("decode"):
+            pixels = self._decoded(tokens, request.canvas)
+        return Sampled(pixels, {} if done is None else done.notes)
+
+    @torch.no_grad()
+    def _denoised(
+        self,
+        request: Request,
+        loop: Loop,
+        state: tuple[Tensor, Tensor | None],
+        skipping: Skipping | None,
+        trail: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Done | None]:
+        """The tokens at the end of the loop, and what was left out."""
         recorder, reference = request.recorder, state[1]
-        listening, notes = recorder.listening(request.on_step), {}
+        listening = recorder.listening(request.on_step)
         with recorder.stage("denoise"), self._home.denoising():
             recorder.step()
             if skipping is None or reference is None:
-                tokens = denoise(self.dit, loop, state, listening, trail)
-            else:
-                done = skip(self.dit, loop, (state[0], reference), skipping, listening, trail)
-                tokens, notes = done.latents, done.notes
-        with recorder.stage("decode"), self._home.using("vae"):
-            pixels = self.vae.decode(pictures.unpack(tokens, request.canvas.grid).float())
-        return Sampled(pixels, notes)
+                return denoise(self.dit, loop, state, listening, trail), None
+            done = skip(self.dit, loop, (state[0], reference), skipping, listening, trail)
+            return done.latents, done
+
+    @torch.no_grad()
+    def _decoded(self, tokens: Tensor, canvas: Canvas) -> Tensor:
+        """Pictures (batch, 3, height, width), nominally in [-1, 1]."""
+        with self._home.using("vae"):
+            return self.vae.decode(pictures.unpack(tokens, canvas.grid).float())
 
     def _conditionings(self, request: Request, negative: str | None, share: bool) -> "list[list[Conditioning]]":
         """Encoded instructions, and after them the negative prompts unless `negative` is None."""

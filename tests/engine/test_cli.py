@@ -193,7 +193,7 @@ def test_names_of_results():
     flags = dict.fromkeys(
         ("force", "no_cache", "fix_quotes", "no_metadata", "as_json", "quiet", "exact_algebra"), False
     )
-    rest |= {"branches": None, "kernels": None, "attention": None, "compiled": None}
+    rest |= dict.fromkeys(("branches", "kernels", "attention", "compiled", "speed", "mask"))
 
     def target(img: str, output: str | None = None) -> str:
         words = {**rest, **flags, "img": img, "output": output}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from step1x.engine.denoise import _euler
+from step1x.engine.denoise import euler
 from step1x.engine.schedule import guided
 from step1x.kernels.cfg_step import FLOWS, cfg_step, cfg_step_op, cfg_step_reference, cfg_step_triton
 
@@ -42,7 +42,7 @@ def test_reference_is_the_engines_step_over_several_steps(flow: str, rescaled: b
         norms = torch.linspace(0.2, 3, 9)[:, None] / 8  # of the differences, below 1 and above
         prediction = (norms * torch.randn(4, 9, 64)).to(dtype)
         velocity = guided(*prediction.chunk(2), 3.3, rescaled, flow == "autocast-fp32")
-        expected = _euler(latents, velocity, following - now, flow)
+        expected = euler(latents, velocity, following - now, flow)
         assert_same(cfg_step_reference(latents, prediction, 3.3, following - now, rescaled, flow), expected, exact=True)
         latents = expected
 
