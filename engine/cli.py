@@ -20,7 +20,7 @@ from step1x.bench.commands import bench
 from step1x.bench.quant_commands import quant
 from step1x.engine.build_commands import build, engines
 from step1x.engine.errors import InputError
-from step1x.engine.options import EXIT_CODES, PROFILE_HELP, DeviceName, Finite, Switch, debug_option
+from step1x.engine.options import EXIT_CODES, PROFILE_HELP, SPEEDS, DeviceName, Finite, Switch, debug_option
 from step1x.engine.plan_commands import plan, profiles
 from step1x.engine.variants import DEFAULTS, VARIANTS
 
@@ -36,7 +36,6 @@ OUTPUT_HELP = "Result: .png, .jpg, .jpeg or .webp; - is standard output (PNG).  
 VARIANT_HELP = f"Parity preset: {', '.join(PRESETS)}.  [default: the model's]"
 BRANCHES_HELP = "Both forwards of guidance at once, or one by one.  [default: the model's]"
 ALGEBRA_HELP = "Rewrites that change rounding only.  [default: on]"
-SPEEDS = ["exact", "balanced", "fast", "turbo"]
 SPEED_HELP = "How much is left out of the steps; exact: nothing.  [default: the profile's]"
 KERNELS_HELP = "Our own on a GPU: those measured to be faster, all, none.  [default: the profile's]"
 ATTENTION = ["auto", "sdpa", "merged", "triton", "fp8", "flash3", "sage"]

@@ -9,6 +9,7 @@ import click
 
 EXIT_CODES = "Exit codes: 0 done, 1 we failed, 2 the input or the usage was wrong, 130 interrupted."
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SPEEDS = ["exact", "balanced", "fast", "turbo"]
 PROFILE_HELP = "Profile, .toml file, or auto: by the card.  [default: bf16-80gb on CUDA, else cpu]"
 DEBUG_HELP = "Show tracebacks and the libraries' logs."
 

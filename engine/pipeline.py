@@ -52,7 +52,13 @@ Posterior = Literal["sample", "mean"]
 MAX_SEED = 2**63 - 1
 # What is done, in this order, when GPU memory runs out: what costs least time first, nothing that changes the result
 # by more than rounding.
-EASINGS = ("autoencoder in strips", "text model evicted", "guidance one by one", "blocks streamed")
+EASINGS = (
+    "autoencoder in strips",
+    "text model evicted",
+    "keys and values in 8 bits",
+    "guidance one by one",
+    "blocks streamed",
+)
 STREAMED = 24  # of the transformer's 57 blocks, when nothing else helped: 6.5 of its 17.3 GB in bfloat16
 Chosen = TypeVar("Chosen")
 SETTINGS = ("device", "dtype", *Execution.__dataclass_fields__)  # of a profile, that Engine.load takes one by one
@@ -373,7 +379,7 @@ class Engine:
             easier = None
             while left and easier is None:
                 name = left.pop(0)
-                easier = self._eased(name, options, request.canvas)
+                easier = self._eased(name, request, options)
             if easier is None:
                 also = f", also after: {', '.join(taken)}" if taken else ""
                 raise InputError(
@@ -383,15 +389,18 @@ class Engine:
             taken.append(name)
             options = easier
 
-    def _eased(self, name: str, options: Options, canvas: Canvas) -> Options | None:
+    def _eased(self, name: str, request: Request, options: Options) -> Options | None:
         """Takes one of EASINGS, for good where weights move; None: it was so already."""
-        if name == "autoencoder in strips" and not self.vae.in_strips(canvas.width * canvas.height):
+        if name == "autoencoder in strips" and not self.vae.in_strips(request.canvas.width * request.canvas.height):
             self.vae.strip_pixels = 0
             return options
         if name == "text model evicted" and self._home.is_resident("text"):
             for part in ("text", "vision"):
                 if self._home.is_resident(part):
                     self._home.keep(part, "evict")
+            return options
+        if name == "keys and values in 8 bits" and not self._keeps_8_bits and self._skipping(request, options):
+            self._keeps_8_bits = True
             return options
         if name == "guidance one by one" and options.branches != "sequential":
             return replace(options, branches="sequential")

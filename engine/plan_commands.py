@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from step1x.engine.errors import InputError
-from step1x.engine.options import EXIT_CODES, debug_option
+from step1x.engine.options import EXIT_CODES, SPEEDS, debug_option
 
 if TYPE_CHECKING:
     from step1x.engine.planner import Plan
@@ -28,15 +28,18 @@ ALL_HELP = "All profiles at sizes 512, 768 and 1024."
 @click.option("--size", type=click.IntRange(16, 8192), metavar="N", help=SIZE_HELP)
 @click.option("--batch", type=click.IntRange(1, 1000), metavar="N", help="Pictures at once.  [default: the profile's]")
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Denoising steps.  [default: the model's]")
+@click.option("--speed", type=click.Choice(SPEEDS), help="How much is left out of the steps.  [default: the profile's]")
 @click.option("--all", "every", is_flag=True, help=ALL_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @debug_option
 def plan(
+    *,
     model: str,
     profile: str | None,
     size: int | None,
     batch: int | None,
     steps: int | None,
+    speed: str | None,
     every: bool,
     as_json: bool,
 ) -> None:
@@ -54,6 +57,8 @@ def plan(
     if every and (profile or size):
         raise click.UsageError("--all is for all profiles and sizes; leave out --profile and --size")
     profiles = [_profile(name) for name in (profile_names() if every else [profile])]
+    if speed is not None:
+        profiles = [one.changed({"speed": speed}) for one in profiles]
     shapes = model_sizes(model)
     plans = [
         made(shapes, one, canvas=Canvas(*fit(1, 1, level)), batch=batch, steps=steps)
@@ -127,7 +132,7 @@ def _table(plan: "Plan") -> str:
     return "\n".join(line.rstrip() for line in [*lines, "", *_verdict(plan)])
 
 
-ORDER = ("weights", "tables", "activations", "context")
+ORDER = ("weights", "tables", "kept", "activations", "context")
 
 
 def _cell(size: int | None, column: str) -> str:

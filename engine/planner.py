@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from step1x.engine.image import Canvas
     from step1x.engine.planned_bytes import Stored, Work
 
-Kind = Literal["weights", "tables", "activations", "context"]
+Kind = Literal["weights", "tables", "kept", "activations", "context"]
 
 PHASES = ("load", "encode_text", "encode_image", "prepare", "denoise", "decode")  # stages of timing.py that take much
 # CUDA's context with the workspaces of its libraries and CUDA graphs: an estimate (performance.md §C).
@@ -252,9 +252,24 @@ def _stages(model: "ModelSizes", profile: Profile, work: "Work") -> dict[str, li
         "encode_text": [Item("activations", "activations", text.peak)],
         "encode_image": [kept, Item("activations", "activations", encode)],
         "prepare": [kept, request, Item("activations", "activations", dit.prepare)],
-        "denoise": [kept, request, Item("folded", "tables", dit.tables), Item("activations", "activations", dit.step)],
+        "denoise": [
+            *(kept, request, Item("folded", "tables", dit.tables)),
+            Item("keys and values", "kept", _keys_and_values(model, profile, work)),
+            Item("activations", "activations", dit.step),
+        ],
         "decode": [kept, request, Item("activations", "activations", decode)],
     }
+
+
+def _keys_and_values(model: "ModelSizes", profile: Profile, work: "Work") -> int:
+    """What steps on some rows need of the others (kept.py): of every branch that is evaluated."""
+    from step1x.engine.kept import kept_bytes
+
+    if profile.speed == "exact":
+        return 0
+    rows = work.rows + 2 * work.canvas.tokens
+    branches = 2 if work.guided else 1
+    return kept_bytes(model.dit, branches * work.batch * rows, 1 if profile.kv_dtype == "float8" else 2)
 
 
 def check(plan: Plan) -> None:
