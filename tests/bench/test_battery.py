@@ -16,6 +16,7 @@ from step1x.bench.battery_model import covered
 from step1x.bench.record import ROOT, Metric, Record, place, revision
 from step1x.bench.worker import kernel_names
 from step1x.kernels.launch import Op
+from step1x.profiles import profile_names
 
 CPU = torch.device("cpu")
 
@@ -163,8 +164,19 @@ def test_done_already(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(battery, "PARTS", {"dit": 0.01, "none": 60})
+    monkeypatch.setattr(battery, "LIMITS", {"dit": 0.01, "none": 60})
     part(tmp_path, "dit", commit="0" * 40)  # of another commit: must not pass for this run's
     assert run_all(["dit", "none"], tmp_path, revision()[0], smoke=True, again=False) == ["dit", "none"]
     assert not list(tmp_path.glob("*.json"))
     assert "'none' is not one of" in (tmp_path / battery.LOG).read_text()
+
+
+def test_profiles_are_compared_with_all_resident() -> None:
+    def seconds(value: float) -> Metric:
+        return Metric(value=value, unit="s", kind="end-to-end")
+
+    found = battery.ratios(
+        {"fp8-18gb.512.edit": seconds(2.1), "fp8-80gb.512.edit": seconds(2.0), "int8-24gb.512.edit": seconds(1.0)}
+    )
+    assert {name: metric.value for name, metric in found.items()} == {"fp8-18gb.512.of_80gb": pytest.approx(1.05)}
+    assert set(battery.PROFILES) == set(profile_names()) - {"cpu"}
