@@ -101,6 +101,10 @@ def _verdict(profile: Profile, machine: Machine) -> Verdict:
     if largest < wanted:
         reason = f"needs a GPU with {wanted} GB; the largest here has {largest} GB"
         return Verdict(profile=profile.name, fits=False, reason=reason)
+    newest = max(float(device.capability) for device in machine.devices)
+    if newest < profile.capability:
+        reason = f"needs compute capability {profile.capability}; the newest here has {newest}"
+        return Verdict(profile=profile.name, fits=False, reason=reason)
     # docs/hardware.md lists what was measured; this goes by size alone and says so.
     return Verdict(profile=profile.name, fits=True, reason=f"by size: {largest} GB of {wanted} GB")
 

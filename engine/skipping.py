@@ -209,23 +209,25 @@ class _Run:
 
     def _prediction(self, index: int, planned: StepPlan) -> Tensor:
         """Velocities of the moving tokens: conditional rows, then unconditional ones where the step is guided."""
-        both = self.loop.guidance is not None and planned.guide is Guide.BOTH
-        forwards = self.forwards if both or self.loop.guidance is None else self.conditional
+        forwards = self.forwards if planned.guide is Guide.BOTH else self.conditional
         img = self._rows(planned)
         made = torch.cat([self._velocity(at, branch, img, index, planned) for at, branch in enumerate(forwards)])
-        if both:
-            if any(step.guide is Guide.REUSE for step in self.plan):
-                cond, uncond = made.chunk(2)
-                whole = self.cache.difference
-                some = self.cache.rows
-                new = cond - uncond
-                self.cache.difference = new if some is None or whole is None else put(whole, some, new)
-        elif planned.guide is Guide.REUSE and self.loop.guidance is not None:
-            assert self.cache.difference is not None
-            some = self.cache.rows
-            difference = self.cache.difference if some is None else taken(self.cache.difference, some)
-            made = torch.cat((made, made - difference))
-        return made
+        if self.loop.guidance is None or planned.guide is Guide.COND:
+            return made
+        if planned.guide is Guide.BOTH:
+            self._remember(made)
+            return made
+        assert self.cache.difference is not None
+        rows = self.cache.rows
+        difference = self.cache.difference if rows is None else taken(self.cache.difference, rows)
+        return torch.cat((made, made - difference))
+
+    def _remember(self, prediction: Tensor) -> None:
+        """Keeps the difference of guidance, if a step reuses it: of the tokens that move, beside the others' own."""
+        if any(step.guide is Guide.REUSE for step in self.plan):
+            cond, uncond = prediction.chunk(2)
+            whole, rows = self.cache.difference, self.cache.rows
+            self.cache.difference = cond - uncond if rows is None or whole is None else put(whole, rows, cond - uncond)
 
     def _rows(self, planned: StepPlan) -> Tensor:
         """What the step's image rows are made of."""
@@ -256,7 +258,7 @@ class _Run:
         rows = self.cache.rows if planned.mode is Mode.REGION else None
         key = (at, branch.request.rows, planned.mode is Mode.FULL, rows is None)
         if key not in self.cache.views:
-            kept = self._kept(at, branch, texts)
+            kept = self._kept(at).first(branch.request.rows)
             if planned.mode is Mode.FULL:
                 self.cache.views[key] = (Active.all(kept, texts), branch.rope)
             else:
@@ -268,18 +270,15 @@ class _Run:
                 self.cache.views[key] = (active, active.rope(branch.rope))
         return self.cache.views[key]
 
-    def _kept(self, at: int, branch: Branch, texts: int) -> Kept:
-        """Keys and values of a branch; those of conditional rows alone are a part of those of both."""
+    def _kept(self, at: int) -> Kept:
+        """Keys and values of a forward; those of the conditional rows alone are a part of them."""
         if not self.cache.kept:
-            rows = texts + self.target + self.entered.shape[1]
+            image = self.target + self.entered.shape[1]
             self.cache.kept = [
-                Kept(self.dit, one.request.rows, self._texts(one) + rows - texts, eight_bit=self.skipping.eight_bit)
-                for one in self.forwards
+                Kept(self.dit, rows.shape[0], rows.shape[1] + image, eight_bit=self.skipping.eight_bit)
+                for rows in (branch.request.text.rows for branch in self.forwards)
             ]
-        return self.cache.kept[at].first(branch.request.rows)
-
-    def _texts(self, branch: Branch) -> int:
-        return branch.request.text.rows.shape[1]
+        return self.cache.kept[at]
 
 
 def taken(tokens: Tensor, rows: Tensor) -> Tensor:
