@@ -29,6 +29,8 @@ from step1x.kernels.launch import capability
 from step1x.profiles import Profile, load_profile
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from step1x.engine.pipeline import Edit
 
 SIZES = {"full": (512, 768, 1024), "smoke": (64,)}
@@ -247,3 +249,50 @@ def profile(run: Run, name: str) -> None:
         run.peak(f"{name}.{side}.peak_reserved")
         planned = plan(sizes, settings, canvas=Canvas(side, side), batch=1).peak.bytes
         run.put(f"{name}.{side}.planned", planned, "B", "info")
+
+
+SHARES = {"full": (0.1, 0.25, 0.5, 1.0), "smoke": (0.25,)}  # of the picture that a mask marks
+
+
+def skipping(run: Run) -> None:
+    """Edits by a mask at every speed, and seconds of each kind of step: all tokens, some of them, none."""
+    engine, steps = _engine(run, "fp8-80gb" if run.device.type == "cuda" else "cpu"), 8 if run.smoke else _steps(run)
+    pictures = count()
+
+    def edit(side: int, speed: str, share: float | None) -> "Edit":
+        options = {} if share is None else {"mask": marked(side, share)}
+        shown = photograph(side, side, next(pictures))
+        return edit_and_save(engine, shown, steps=steps, guidance=GUIDANCE, size=side, seed=0, speed=speed, **options)
+
+    for side in sorted(_sizes(run), reverse=True):
+        for share in (None, *SHARES["smoke" if run.smoke else "full"]):
+            for speed in ("exact", "balanced", "fast", "turbo"):
+                name = f"skipping.{side}.{'none' if share is None else f'{share:.0%}'}.{speed}"
+                if run.late(name):
+                    return
+                edit(side, speed, share)  # compiles and warms up
+                made = edit(side, speed, share)
+                run.put(f"{name}.edit", sum(made.timings.values()), "s", "end-to-end")
+                run.put(f"{name}.denoise", made.timings["denoise"], "s", "info")
+                for letter, seconds in by_letter(made).items():
+                    run.put(f"{name}.step_{letter}", seconds, "s", "step")
+                run.peak(f"{name}.peak_reserved")
+
+
+def marked(side: int, share: float) -> "Image":
+    """A mask that is white in a square of so much of the picture."""
+    from PIL import Image
+
+    edge = max(1, round(side * share**0.5))
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (0, 0, edge, edge))
+    return mask
+
+
+def by_letter(edit: "Edit") -> dict[str, float]:
+    """Median seconds of the steps of each letter of the plan; of "F" where there is none."""
+    plan = str(edit.metadata.get("plan", "F" * len(edit.steps))).replace("-", "")
+    found: dict[str, list[float]] = {}
+    for letter, seconds in zip(plan, edit.steps, strict=True):
+        found.setdefault(letter, []).append(seconds)
+    return {letter: sorted(times)[len(times) // 2] for letter, times in found.items()}
