@@ -55,7 +55,7 @@ def test_a_picture_of_one_colour_is_made_again(monkeypatch: pytest.MonkeyPatch) 
         return product(*given)
 
     monkeypatch.setattr(linear, "int8_product", failing)
-    monkeypatch.setattr("step1x.engine.pipeline.is_flat", lambda pixels: True)
+    monkeypatch.setitem(Engine.edit.__globals__, "is_flat", lambda pixels: True)
     found = edited("int8")
     assert found.metadata["rerun"] == "steps 1 to 3 without 8-bit arithmetic: it made a picture of one colour"
     assert calls == STEPS * PER_STEP
@@ -63,7 +63,7 @@ def test_a_picture_of_one_colour_is_made_again(monkeypatch: pytest.MonkeyPatch) 
 
 def test_good_results_and_weights_alone_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rerun" not in edited("int8").metadata
-    monkeypatch.setattr("step1x.engine.pipeline.is_flat", lambda pixels: True)
+    monkeypatch.setitem(Engine.edit.__globals__, "is_flat", lambda pixels: True)
     assert "rerun" not in edited("int8-weight").metadata
     assert "rerun" not in edited(None).metadata
 

@@ -141,10 +141,12 @@ def test_v12_keeps_embeddings_quotes_and_signed_ids(model: Qwen2_5_VLModel, imag
 def test_long_instructions_are_cut(model: Qwen2_5_VLModel, image: Image.Image, variant: Variant) -> None:
     long = "make the sky blue and " * 40
     read = []
-    hook = model.language_model.embed_tokens.register_forward_hook(lambda _, inputs, __: read.append(inputs[0]))
+    hook = model.language_model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["inputs_embeds"].shape[1]), with_kwargs=True
+    )
     [encoded] = conditioner(model, variant).encode(image, [long])
     hook.remove()
-    assert [len(ids) for ids in read] == [variant.template_tokens + 70]  # nothing behind the cut is computed
+    assert sum(read) == variant.template_tokens + 70  # nothing behind the cut is computed
     expected = reference(model, variant, image, long)[:70]
     assert encoded.text.tokens.shape == (1, 70, 32)
     assert encoded.text.mask.all()
