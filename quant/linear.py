@@ -1,6 +1,6 @@
 """Linear layers with quantised weights, and what puts them into a model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
@@ -141,22 +141,24 @@ def chosen(module: nn.Module, component: Component, scheme: Scheme) -> dict[str,
 
 def swap(module: nn.Module, component: Component, scheme: Scheme) -> dict[str, Scheme]:
     """Puts empty quantised layers, each on its layer's device, in the place of those that `chosen` returns."""
-    found = chosen(module, component, scheme)
-    for name, wanted in found.items():
-        layer = module.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-        module.set_submodule(
-            name, QuantizedLinear.empty(wanted, *sizes, dtype=layer.weight.dtype, device=layer.weight.device)
-        )
-    return found
+
+    def empty(wanted: Scheme, layer: nn.Linear) -> QuantizedLinear:
+        sizes, like = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight
+        return QuantizedLinear.empty(wanted, *sizes, dtype=like.dtype, device=like.device)
+
+    return _replaced(module, chosen(module, component, scheme), empty)
 
 
 def quantise_layers(module: nn.Module, component: Component, scheme: Scheme) -> dict[str, Scheme]:
     """`swap` of a model that has its weights: each layer is quantised from the one it replaces."""
-    found = chosen(module, component, scheme)
+    return _replaced(module, chosen(module, component, scheme), QuantizedLinear.of)
+
+
+def _replaced(
+    module: nn.Module, found: dict[str, Scheme], make: Callable[[Scheme, nn.Linear], QuantizedLinear]
+) -> dict[str, Scheme]:
     for name, wanted in found.items():
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        module.set_submodule(name, QuantizedLinear.of(wanted, layer))
+        module.set_submodule(name, make(wanted, layer))
     return found

@@ -5,42 +5,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from step1x.engine import released
-from step1x.engine.connector import ConnectorConfig
-from step1x.engine.dit import DiT, DiTConfig, Text
+from step1x.engine.dit import DiT, Text
 from step1x.engine.image import Canvas, image_ids
 from step1x.engine.plan import Guide, Mode, StepPlan
 from step1x.engine.policy import CfgReuse, Policy, RefFreeze, StepMask, Together, regione
 from step1x.engine.schedule import timesteps
 from step1x.engine.work import Rows, flops, forward, speedup
+from step1x.training.recipe import dit_config
 
 RELEASED = released.dit_config("v1.1")
 TOKENS = {512: 1024, 768: 2304, 1024: 4096}
 SHARES = (0, 0.10, 0.25, 0.50, 0.75, 1.0)
-SMALL = DiTConfig(
-    in_channels=64,
-    out_channels=48,
-    hidden_size=96,
-    heads=3,
-    depth=2,
-    depth_single=3,
-    mlp_hidden=256,
-    context_channels=48,
-    pooled_channels=40,
-    timestep_channels=256,
-    rope_axes=(8, 12, 12),
-    rope_theta=10000.0,
-    connector=ConnectorConfig(
-        in_channels=56,
-        hidden_size=48,
-        heads=2,
-        depth=1,
-        mlp_hidden=96,
-        timestep_channels=256,
-        pooled_channels=40,
-        has_scale_factor=False,
-    ),
-    text_token_mapping=False,
-)
+SMALL = dit_config(96, 2, 3, 56)
 
 
 def rows(side: int, share: float = 1.0) -> Rows:
