@@ -19,6 +19,7 @@ import click
 from step1x.bench.commands import bench
 from step1x.bench.quant_commands import quant
 from step1x.engine.build_commands import build, engines
+from step1x.engine.calibrate_commands import calibrate
 from step1x.engine.errors import InputError
 from step1x.engine.options import EXIT_CODES, PROFILE_HELP, SPEEDS, DeviceName, Finite, Switch, debug_option
 from step1x.engine.plan_commands import plan, profiles
@@ -36,6 +37,7 @@ OUTPUT_HELP = "Result: .png, .jpg, .jpeg or .webp; - is standard output (PNG).  
 VARIANT_HELP = f"Parity preset: {', '.join(PRESETS)}.  [default: the model's]"
 BRANCHES_HELP = "Both forwards of guidance at once, or one by one.  [default: the model's]"
 ALGEBRA_HELP = "Rewrites that change rounding only.  [default: on]"
+CALIBRATION_HELP = "What `calibrate` has fitted to the model, for speeds.  [default: the model's]"
 SPEED_HELP = "How much is left out of the steps; exact: nothing.  [default: the profile's]"
 KERNELS_HELP = "Our own on a GPU: those measured to be faster, all, none.  [default: the profile's]"
 ATTENTION = ["auto", "sdpa", "merged", "triton", "fp8", "flash3", "sage"]
@@ -142,6 +144,7 @@ class Job:
     exact_algebra: bool
     speed: Literal["exact", "balanced", "fast", "turbo"] | None
     mask: str | None
+    calibration: str | None
     kernels: Literal["auto", "on", "off"] | None
     attention: str | None
     compiled: bool | None
@@ -192,6 +195,7 @@ class Job:
 @click.option("--exact-algebra", type=Switch(), default="on", metavar="on|off", help=ALGEBRA_HELP)
 @click.option("--speed", type=click.Choice(SPEEDS), help=SPEED_HELP)
 @click.option("--mask", metavar="FILE", help="Picture that is bright, or opaque, where the edit may change something.")
+@click.option("--calibration", metavar="FILE", help=CALIBRATION_HELP)
 @click.option("--kernels", type=click.Choice(["auto", "on", "off"]), help=KERNELS_HELP)
 @click.option("--attention", type=click.Choice(ATTENTION), metavar="NAME", help=ATTENTION_HELP)
 @click.option("--compile/--no-compile", "compiled", default=None, help=COMPILE_HELP)
@@ -261,6 +265,7 @@ def _run(job: Job, picture: "Picture") -> "Edit":
             variant=job.variant,
             fix_quotes=job.fix_quotes,
             cache=not job.no_cache and EmbeddingCache(say=note),
+            calibration=job.calibration,
             say=note,
             progress=progress,
             kernels=job.kernels,
@@ -393,7 +398,7 @@ def cache_clear() -> None:
     click.echo(f"removed {size / 1e6:.1f} MB", err=True)
 
 
-for command in (bench, build, engines, plan, profiles, quant):
+for command in (bench, build, calibrate, engines, plan, profiles, quant):
     program.add_command(command)
 
 

@@ -163,7 +163,7 @@ def save_picture(
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
-    _commit(data, name, overwrite)
+    commit(data, name, overwrite)
 
 
 def encode_picture(
@@ -350,8 +350,8 @@ def _beside(target: str, data: bytes) -> Path:
     return path
 
 
-def _commit(data: bytes, name: str, overwrite: bool) -> None:
-    """Make `data` the content of `name` in one move."""
+def commit(data: bytes, name: str, overwrite: bool) -> None:
+    """Make `data` the content of `name` in one move. Raises OSError, and InputError if it is there after all."""
     target = os.path.realpath(name) if overwrite else name  # through a link, as any editor would
     temporary = _beside(target, data)
     try:

@@ -16,6 +16,15 @@ from torch import Tensor
 from step1x.engine import image as pictures
 from step1x.engine.algebra import OFF, ON, Algebra
 from step1x.engine.build import find, find_or_build
+from step1x.engine.calibration import (
+    Constants,
+    Setting,
+    Trajectory,
+    calibration_of,
+    constants_for,
+    published,
+    trajectory,
+)
 from step1x.engine.denoise import Guidance, Loop, branches, denoise
 from step1x.engine.embeddings import CachedConditioner, EmbeddingCache
 from step1x.engine.errors import InputError
@@ -27,12 +36,12 @@ from step1x.engine.parts import load_engine_folder, load_profile_of
 from step1x.engine.picture import Picture, Source, open_picture, save_picture
 from step1x.engine.pixels import attach_alpha
 from step1x.engine.policy import Dense, Policy
-from step1x.engine.presets import MASKED, PRESETS, SPEEDS, Speed
+from step1x.engine.presets import SPEEDS, Speed, masked, presets
 from step1x.engine.progress import Progress
 from step1x.engine.residency import RESIDENT, Home, limit
 from step1x.engine.schedule import timesteps
 from step1x.engine.selection import token_mask
-from step1x.engine.skipping import Done, Skipping, by_mask, by_similarity, skip
+from step1x.engine.skipping import Done, Skipping, by_mask, by_similarity, skip, watched
 from step1x.engine.store import MANIFEST
 from step1x.engine.timing import OnStep, Recorder
 from step1x.engine.variants import NEGATIVE_T2I
@@ -62,7 +71,8 @@ EASINGS = (
 STREAMED = 24  # of the transformer's 57 blocks, when nothing else helped: 6.5 of its 17.3 GB in bfloat16
 Chosen = TypeVar("Chosen")
 SETTINGS = ("device", "dtype", *Execution.__dataclass_fields__)  # of a profile, that Engine.load takes one by one
-LOADING = ("profile", "variant", "fix_quotes", "cache", "say", "progress", *SETTINGS)  # keywords of Engine.load
+# Keywords of Engine.load:
+LOADING = ("profile", "variant", "fix_quotes", "cache", "calibration", "say", "progress", *SETTINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +183,13 @@ class Engine:
         cache: EmbeddingCache | None = None,
         residency: Residency = RESIDENT,
         skipping: tuple[Speed, bool] = ("exact", False),
+        constants: Constants | None = None,
+        say: Callable[[str], None] = log.info,
     ) -> None:
         """cache: of embeddings (engine/embeddings.py). residency: of the weights (engine/residency.py).
 
-        skipping: how much is left out by default, and whether keys and values are kept in 8 bits for it.
+        skipping: how much is left out by default, and whether keys and values are kept in 8 bits for it. constants:
+        what speeds plan by (engine/calibration.py); None: those published. say: told if they are for another setting.
         """
         self.variant = components.variant
         self.dit = components.dit
@@ -189,6 +202,9 @@ class Engine:
         self._home = Home(components, residency, components.dit.device)
         self._execution = execution
         self._speed, self._keeps_8_bits = skipping
+        norms, self._fitted_to = constants or published(self.variant)
+        self._presets, self._masked = presets(norms), masked(norms)
+        self._say: Callable[[str], None] | None = say  # None: what is to be said was
         self._runner = prepared(components, execution)
         self._coarse = bool(execution.fp8_attention or execution.attention == "fp8" or dynamic(components.dit))
 
@@ -201,6 +217,7 @@ class Engine:
         variant: str | None = None,
         fix_quotes: bool = False,
         cache: EmbeddingCache | bool = True,
+        calibration: str | Path | None = None,
         say: Callable[[str], None] = log.info,
         progress: Progress | None = None,
         **settings: object,
@@ -213,10 +230,13 @@ class Engine:
         engine is loaded, and built first if it must be (engine/build.py), which `say` and `progress` are told. variant:
         a parity preset such as "official-v1.1" (default: the weights' own). fix_quotes: keep an apostrophe or a lone
         quote from opening a quotation, which the released programs let it do, to the instruction's harm (§1.4). cache:
-        of embeddings; True is the user's own, on disk (engine/embeddings.py). settings: what differs from the profile,
-        of device, dtype (a torch one) and the fields of `Execution`.
+        of embeddings; True is the user's own, on disk (engine/embeddings.py). calibration: what speeds other than exact
+        plan by, a file of `step1x-engine calibrate` (default: calibration.json of the model's folder, if it is for the
+        variant's guidance rule, else what is published); `say` is told, once, of an edit that it was not fitted to.
+        settings: what differs from the profile, of device, dtype (a torch one) and the fields of `Execution`.
         Raises InputError for anything wrong with the arguments or the files.
         """
+        found = calibration_of(model, calibration)  # before the weights: a bad file is told at once
         built = Path(model) if model is not None and (Path(model) / MANIFEST).is_file() else None
         wanted = wanted_profile(profile, settings, built)
         home = checked_device(wanted.device)
@@ -241,7 +261,8 @@ class Engine:
             )
         kept = (EmbeddingCache() if cache else None) if isinstance(cache, bool) else cache
         skipping = (wanted.speed, wanted.kv_dtype == "float8")
-        return cls(components, Execution.of(wanted), kept, residency, skipping)
+        constants = constants_for(components.variant, found, calibration)
+        return cls(components, Execution.of(wanted), kept, residency, skipping, constants, say)
 
     @property
     def device(self) -> torch.device:
@@ -315,6 +336,29 @@ class Engine:
             Edit(image, seed, recorder.seconds, recorder.steps, fact | made.notes)
             for image, seed, fact in zip(images, drawn, facts, strict=True)
         ]
+
+    @torch.no_grad()
+    def trajectory(self, source: Source, instruction: str, *, seed: int, **options: object) -> Trajectory:
+        """What a dense edit shows of the model, for `step1x-engine calibrate`; the picture itself is not finished.
+
+        Arguments as those of `edit`. Raises InputError for bad input.
+        """
+        wanted = chosen(Options, options)
+        opened = [open_picture(source)]
+        canvas, recorder = self._canvas(opened, wanted.size), Recorder(self.device)
+        request = Request(
+            opened=opened,
+            instructions=[instruction],
+            seeds=[checked_seed(seed)],
+            canvas=canvas,
+            recorder=recorder,
+            on_step=None,
+        )
+        loop, (latents, reference) = self._prepare(request, wanted)
+        assert reference is not None
+        with self._home.denoising():
+            steps = watched(self.dit, loop, (latents, reference), canvas.grid)
+            return trajectory(steps, loop.schedule.tolist())
 
     def generate(
         self,
@@ -459,9 +503,11 @@ class Engine:
     def _skipping(self, request: Request, options: Options) -> Skipping | None:
         """What a request leaves out; None: nothing. Raises InputError where that needs the fused operations."""
         speed = options.speed or self._speed
-        policy = options.policy or (PRESETS if request.marked is None else MASKED)[speed]
+        policy = options.policy or (self._presets if request.marked is None else self._masked)[speed]
         if isinstance(policy, Dense):
             return None
+        if options.policy is None and speed != "exact":
+            self._compare(options)
         if not options.algebra.fuse:
             raise InputError("steps and regions are left out by the exact algebra's operations; leave it on")
         grid = request.canvas.grid
@@ -470,6 +516,14 @@ class Engine:
             masks = [token_mask(torch.from_numpy(one)[None], grid) for one in request.marked]
             select = by_mask(torch.cat(masks), grid)
         return Skipping(policy=policy, select=select, eight_bit=self._keeps_8_bits)
+
+    def _compare(self, options: Options) -> None:
+        """Says, once, if the constants that speeds plan by were fitted to another setting than this edit's."""
+        scale = self.variant.guidance if options.guidance is None else options.guidance
+        apart = self._fitted_to.apart(Setting.of(self.variant, scale, self.digest))
+        if apart and self._say is not None:
+            say, self._say = self._say, None
+            say(f"speed goes by constants {apart}; `step1x-engine calibrate` fits them")
 
     def _run(
         self,

@@ -4,7 +4,7 @@ What is kept between steps belongs to one request and dies with it (`Cache`). A 
 as `denoise.denoise`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +15,7 @@ from step1x.engine.denoise import Branch, Loop, advance, euler, folded, times_of
 from step1x.engine.dit import DiT, Modulations, Request, Rope, Step
 from step1x.engine.kept import Active, Kept
 from step1x.engine.plan import Guide, Mode, StepPlan, edited_tokens, relative_change, similarity, spelled
-from step1x.engine.policy import Policy, Probe
+from step1x.engine.policy import Dense, Policy, Probe
 from step1x.engine.schedule import guided
 from step1x.engine.selection import Selection, choose, distance
 from step1x.engine.timing import OnStep
@@ -103,6 +103,20 @@ def skip(
     return Done(run.latents, tuple(run.done), run.cache.selection)
 
 
+def watched(
+    dit: DiT, loop: Loop, state: tuple[Tensor, Tensor], grid: tuple[int, int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Guided velocity and signal of `Probe.TARGET`, (batch, Nt, channels) each, of every step of a dense run."""
+    skipping = Skipping(policy=Dense(), select=by_similarity(grid))
+    plan = skipping.policy.plan([float(level) for level in loop.schedule], loop.guidance is not None)
+    run = _Run(dit, loop, state, skipping, plan)
+    for index in range(len(plan)):
+        signal = run.signal(Probe.TARGET, index)
+        run.step(index, watched=True)
+        assert run.cache.velocity is not None
+        yield run.cache.velocity, signal
+
+
 class _Run:
     """One request on its way."""
 
@@ -120,7 +134,8 @@ class _Run:
         self.conditional = [first_rows(self.forwards[0], len(latents))]
         self.entered = dit.img_in(self.reference.to(dit.dtype))  # the reference's rows never change
 
-    def step(self, index: int) -> None:
+    def step(self, index: int, *, watched: bool = False) -> None:
+        """watched: the guided velocity of a computed step is in the cache after it, wanted or not."""
         planned = self._decided(index)
         self.done.append(planned)
         self._follow(planned)
@@ -133,7 +148,7 @@ class _Run:
             return
         prediction = self._prediction(index, planned)
         self._move(lambda moving: advance(self.loop, moving, prediction, now, following - now))
-        if self._is_wanted(index):
+        if watched or self._is_wanted(index):
             self.cache.velocity = self._guided(prediction, now)
         if planned.jump is not None:
             self._jump(index, planned.jump)
@@ -143,7 +158,7 @@ class _Run:
         planned, policy = self.plan[index], self.skipping.policy
         if policy.probe is None:
             return planned
-        signal = self._signal(policy.probe, index)
+        signal = self.signal(policy.probe, index)
         before, self.cache.signal = self.cache.signal, signal
         if before is None or before.shape != signal.shape:
             self.cache.gathered = 0.0
@@ -151,7 +166,8 @@ class _Run:
         planned, self.cache.gathered = policy.decide(planned, self.cache.gathered, relative_change(signal, before))
         return planned
 
-    def _signal(self, probe: Probe, index: int) -> Tensor:
+    def signal(self, probe: Probe, index: int) -> Tensor:
+        """Of a step, before it is done."""
         rows = self.dit.img_in(self._moving().to(self.dit.dtype))
         if probe is Probe.RELEASED:
             both = torch.cat((rows, self.entered), dim=1)

@@ -93,7 +93,7 @@ def test_an_edit(engine, folder):
         assert image.getpixel((0, 0)) == (0, 255, 255)
         assert image.info == {"instruction": "invert it", "seed": "5"}
     loaded = {"profile": None, "device": None, "variant": None, "fix_quotes": False}
-    loaded |= {"kernels": None, "attention": None, "compiled": None}
+    loaded |= {"kernels": None, "attention": None, "compiled": None, "calibration": None}
     [(model, given)] = engine.loaded
     kept, say, progress = (given.pop(name) for name in ("cache", "say", "progress"))
     assert (model, given) == (None, loaded)
@@ -113,11 +113,11 @@ def test_every_option_reaches_the_engine(engine, folder):
     words = "--model m --variant v1.1 --profile cpu --steps 3 --guidance 2.5 --size 128 --seed 9"
     words += " --negative-prompt fog --strength 0.5 --fix-quotes --device cuda:1 -q -o out.webp"
     words += " --branches sequential --exact-algebra off --kernels on --attention merged --compile --no-cache"
-    words += " --speed fast --mask logo.png"
+    words += " --speed fast --mask logo.png --calibration c.json"
     result = run("edit", "photo.png", "make it blue", *words.split())
     assert (result.exit_code, result.stdout, result.stderr) == (0, "out.webp\n", "")
     loaded = {"profile": "cpu", "device": "cuda:1", "variant": "v1.1", "fix_quotes": True}
-    loaded |= {"cache": False, "kernels": "on", "attention": "merged", "compiled": True}
+    loaded |= {"cache": False, "kernels": "on", "attention": "merged", "compiled": True, "calibration": "c.json"}
     [(model, given)] = engine.loaded
     assert (model, {name: given[name] for name in loaded}) == ("m", loaded)
     source, instruction, options = engine.asked[0]
@@ -193,7 +193,7 @@ def test_names_of_results():
     flags = dict.fromkeys(
         ("force", "no_cache", "fix_quotes", "no_metadata", "as_json", "quiet", "exact_algebra"), False
     )
-    rest |= dict.fromkeys(("branches", "kernels", "attention", "compiled", "speed", "mask"))
+    rest |= dict.fromkeys(("branches", "kernels", "attention", "compiled", "speed", "mask", "calibration"))
 
     def target(img: str, output: str | None = None) -> str:
         words = {**rest, **flags, "img": img, "output": output}
@@ -307,7 +307,9 @@ BENCH = ("bench", "bench compare", "bench gate", "bench accept", "bench paired")
 ENGINES = ("build", "engines list", "engines verify", "engines prune")
 
 
-@pytest.mark.parametrize("command", ["", "edit", "info", "convert", "doctor", "plan", "profiles", *BENCH, *ENGINES])
+@pytest.mark.parametrize(
+    "command", ["", "edit", "info", "convert", "doctor", "plan", "profiles", "calibrate", *BENCH, *ENGINES]
+)
 def test_the_docs_hold_the_help(command):
     text = run(*command.split(), "--help", terminal_width=80).stdout
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
