@@ -7,6 +7,7 @@ from step1x.engine.errors import InputError
 from step1x.engine.picture import Picture, Source, open_picture
 
 HALF = 128  # of 255: from here on a pixel is marked
+FULL = 0.95  # weight of the edit that a mask must reach somewhere to have a seam
 SEAM = 0.01  # of the longer side: over this width, within the mask, the edit fades in
 
 
@@ -32,6 +33,6 @@ def pasted(edited: Image.Image, source: Image.Image, marked: np.ndarray) -> Imag
     mask = Image.fromarray(marked.astype(np.uint8) * 255)
     blurred = np.asarray(mask.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32)
     weight = np.clip(blurred / 127.5 - 1, 0, 1) * marked  # a blurred border is at half its height
-    # A mask too thin to reach full height anywhere would show nothing.
-    weight = weight / max(float(weight.max()), 1 / 255) if weight.max() < 1 else weight
+    if weight.max() < FULL:  # thinner than two seams: it has none
+        weight = marked.astype(np.float32)
     return Image.composite(edited, source, Image.fromarray((weight * 255 + 0.5).astype(np.uint8)))
