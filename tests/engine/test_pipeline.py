@@ -207,7 +207,7 @@ def test_a_profile_says_how_to_run(tmp_path: Path) -> None:
 def test_kernels_are_chosen_when_loading() -> None:
     with pytest.raises(InputError, match="kernels: input should be"):
         Engine.load(device="cpu", kernels="some")
-    with pytest.raises(InputError, match="unknown option colour; known: profile, variant, fix_quotes, cache, calibration"):
+    with pytest.raises(InputError, match="unknown option colour; known: profile, variant, fix_quotes, cache"):
         Engine.load(device="cpu", colour="red")
     for kernels in ("auto", "on", "off"):
         run = Execution(kernels=kernels).operation(adaln_op, torch.device("cpu"))
