@@ -140,11 +140,9 @@ def step(dit: DiT, canvas: Canvas, algebra: Algebra, runner: Runner | None = Non
     if algebra.fold:
         forwards = folded(dit, forwards, [time])
     place = {"dtype": dit.dtype, "device": dit.device}
-    img = torch.zeros(1, 2 * canvas.tokens, dit.config.hidden_size, **place)  # type: ignore[call-overload]
-    latents = torch.zeros(1, canvas.tokens, dit.config.in_channels, **place)  # type: ignore[call-overload]
+    tokens = torch.zeros(1, 2 * canvas.tokens, dit.config.in_channels, **place)  # type: ignore[call-overload]
 
     def run() -> Tensor:
-        img[:, : canvas.tokens] = dit.img_in(latents)
-        return velocities(dit, forwards, img, (0, 1), time, canvas.tokens if algebra.prune else None)
+        return velocities(dit, forwards, tokens, (0, 1), time, canvas.tokens if algebra.prune else None)
 
     return run

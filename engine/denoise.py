@@ -116,20 +116,20 @@ def folded(dit: DiT, forwards: Sequence[Branch], times: Sequence[Tensor]) -> lis
 def velocities(
     dit: DiT,
     forwards: Sequence[Branch],
-    img: Tensor,
+    tokens: Tensor,
     step: tuple[int, int],
     timestep: Tensor,
     kept: int | None = None,
 ) -> Tensor:
     """Velocity (rows, kept or N, channels) of all branches below each other, conditional rows first.
 
-    img: (batch, N, width) of `img_in`, the same for every branch; step: its index, from 0, and how many there are.
+    tokens: (batch, N, in_channels), the same for every branch; step: its index, from 0, and how many there are.
     """
     index, steps = step
     made = []
     for branch in forwards:
         rows = branch.request.rows
-        repeated = img.expand(rows, -1, -1) if len(img) == 1 else img.repeat(rows // len(img), 1, 1)
+        repeated = tokens.expand(rows, -1, -1) if len(tokens) == 1 else tokens.repeat(rows // len(tokens), 1, 1)
         given = branch.steps[index] if branch.steps else dit.condition(branch.request, timestep.expand(rows))
         made.append(branch.runner.at(index / steps)(repeated, given, branch.rope, kept))
     return torch.cat(made) if len(made) > 1 else made[0]
@@ -170,18 +170,16 @@ def denoise(
     latents, reference = state
     target = latents.shape[1]
     latents = latents.to(dit.dtype)
-    img = dit.img_in(latents.to(dit.dtype))
-    if reference is not None:
-        img = torch.cat((img, dit.img_in(reference.to(dit.dtype))), dim=1)
     times = times_of(schedule, latents, variant)
     if algebra.fold:
         forwards = folded(dit, forwards, times)
     for index in range(len(schedule) - 1):
         now, following = float(schedule[index]), float(schedule[index + 1])
-        if index:  # the reference's rows stay what they are
-            img[:, :target] = dit.img_in(latents.to(dit.dtype))
+        tokens = latents.to(dit.dtype)
+        if reference is not None:
+            tokens = torch.cat((tokens, reference.to(dit.dtype)), dim=1)
         kept = target if algebra.prune else None
-        prediction = velocities(dit, forwards, img, (index, len(schedule) - 1), times[index], kept)[:, :target]
+        prediction = velocities(dit, forwards, tokens, (index, len(schedule) - 1), times[index], kept)[:, :target]
         latents = advance(loop, latents, prediction, now, following - now)
         if trail is not None:
             trail.append(latents)

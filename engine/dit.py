@@ -428,17 +428,14 @@ class DiT(nn.Module):
         with self.present(block):
             return block.last(rows, mod, rope, image, bias)
 
-    def velocity(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
-        """Velocity (batch, N, out_channels) at image rows (batch, N, width) that `img_in` made.
+    def velocity(self, tokens: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
+        """Velocity (batch, N, out_channels) at image tokens (batch, N, in_channels), target then reference.
 
-        kept: of the first so many rows only.
+        kept: of the first so many tokens only.
         """
-        return self.final_layer(self.transform(img, step, rope, kept), step.mods.final)
-
-    def denoise(self, tokens: Tensor, step: Step, rope: Rope) -> Tensor:
-        """Velocity (batch, N, out_channels) of image tokens (batch, N, in_channels), target then reference."""
-        return self.velocity(self.img_in(tokens.to(self.dtype)), step, rope)
+        rows = self.transform(self.img_in(tokens.to(self.dtype)), step, rope, kept)
+        return self.final_layer(rows, step.mods.final)
 
     def forward(self, tokens: Tensor, text: Text, timestep: Tensor, rope: Rope) -> Tensor:
         """One whole evaluation: prepare, condition, denoise."""
-        return self.denoise(tokens, self.condition(self.prepare(text), timestep), rope)
+        return self.velocity(tokens, self.condition(self.prepare(text), timestep), rope)

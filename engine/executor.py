@@ -159,8 +159,7 @@ class Captured:
 class Replay:
     """A velocity as CUDA graphs: captured once for each set of shapes, replayed after that.
 
-    A step's tensors are copied to where the graph reads them: its modulations are 4 MB, its image rows 100 MB at
-    1024 x 1024, which is 0.1 % of the step.
+    A step's tensors are copied to where the graph reads them: some MB, most of them modulations.
     """
 
     def __init__(self, run: Callable[[Tensor, Step, Rope, int | None], Tensor]) -> None:
@@ -168,12 +167,12 @@ class Replay:
         self._captured: OrderedDict[Any, Captured] = OrderedDict()
         self._lock = threading.Lock()  # all replays share the tensors that the graphs read
 
-    def __call__(self, img: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
+    def __call__(self, tokens: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
         with self._lock:
-            return self._replayed(img, step, rope, kept)
+            return self._replayed(tokens, step, rope, kept)
 
-    def _replayed(self, img: Tensor, step: Step, rope: Rope, kept: int | None) -> Tensor:
-        given = leaves(img, step, rope)
+    def _replayed(self, tokens: Tensor, step: Step, rope: Rope, kept: int | None) -> Tensor:
+        given = leaves(tokens, step, rope)
         key = (kept, step.bias is None, step.biased, *((one.shape, one.dtype) for one in given))
         found = self._captured.pop(key, None)
         if found is None:
@@ -187,35 +186,35 @@ class Replay:
 
     def _capture(self, given: Sequence[Tensor], like: Step, kept: int | None) -> Captured:
         place = [torch.empty_like(one, memory_format=torch.contiguous_format).copy_(one) for one in given]
-        img, step, rope = assembled(place, like)
+        tokens, step, rope = assembled(place, like)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and lets libraries choose and reserve
-                self._run(img, step, rope, kept)
+                self._run(tokens, step, rope, kept)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = self._run(img, step, rope, kept)
+            out = self._run(tokens, step, rope, kept)
         return Captured(graph, place, out)
 
 
-def leaves(img: Tensor, step: Step, rope: Rope) -> list[Tensor]:
+def leaves(tokens: Tensor, step: Step, rope: Rope) -> list[Tensor]:
     """The tensors of a velocity's arguments, in the order of `assembled`."""
     mods = step.mods
     double = [vectors for pair in mods.double for vectors in pair]
     bias = [] if step.bias is None else [step.bias]
-    return [img, *rope, step.text, mods.final, *double, *mods.single, *bias]
+    return [tokens, *rope, step.text, mods.final, *double, *mods.single, *bias]
 
 
 def assembled(given: Sequence[Tensor], like: Step) -> tuple[Tensor, Step, Rope]:
     """The arguments of which `given` are the leaves; `like` says how many there are of each."""
-    img, cos, sin, text, final = given[:5]
+    tokens, cos, sin, text, final = given[:5]
     doubles = 2 * len(like.mods.double)
     vectors = given[5 : 5 + doubles]
     single = list(given[5 + doubles : 5 + doubles + len(like.mods.single)])
     mods = type(like.mods)(list(zip(vectors[::2], vectors[1::2], strict=True)), single, final)
-    return img, Step(text, mods, None if like.bias is None else given[-1], like.biased), (cos, sin)
+    return tokens, Step(text, mods, None if like.bias is None else given[-1], like.biased), (cos, sin)
 
 
 def keep_compiled(folder: Path | None = None) -> None:

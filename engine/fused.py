@@ -87,12 +87,13 @@ class Fused:
         return self.fp8 if isinstance(layer, QuantizedLinear) and layer.scheme == "fp8" else self.plain
 
     def velocity(
-        self, img: Tensor, step: Step, rope: Rope, kept: int | None = None, active: Active | None = None
+        self, tokens: Tensor, step: Step, rope: Rope, kept: int | None = None, active: Active | None = None
     ) -> Tensor:
-        """As `DiT.velocity`: (batch, kept or N, out_channels) at image rows (batch, N, width).
+        """As `DiT.velocity`: (batch, kept or N, out_channels) at image tokens (batch, N, in_channels).
 
-        active: img and rope are of these rows, which attend to what is kept of all rows, and replace their own there.
+        active: tokens and rope are of these rows, which attend to what is kept of all, and replace their own there.
         """
+        img = self.dit.img_in(tokens.to(self.dit.dtype))
         texts, mods, bias = step.text.shape[1], step.mods, None
         if step.bias is not None:
             others = img.shape[1] if active is None else active.kept.rows - texts
@@ -112,15 +113,11 @@ class Fused:
             out: tuple[Tensor, Tensor, Tensor] = self.qk_norm_rope(image, text, *scales, *rope, self.heads)
             return out
         if isinstance(place.keys, Tensor):
-            q = self.qk_norm_rope_scatter(image, text, *scales, *rope, self.heads, *place)
+            q = self.qk_norm_rope_scatter(image, text, *scales, *rope, self.heads, *place[:3])
             return q, place.keys, cast("Tensor", place.values)
         q, k, v = self.qk_norm_rope(image, text, *scales, *rope, self.heads)
-        rows = place.rows
-        if text is not None:
-            first = torch.arange(text.shape[1], device=rows.device).expand(len(rows), -1)
-            rows = torch.cat((first, text.shape[1] + rows), dim=1)
         for store, new in ((place.keys, k), (cast("Rows8", place.values), v)):
-            store.write(rows, new)
+            store.write(place.joint, new)
         return q, place.keys.read(q.dtype), cast("Rows8", place.values).read(q.dtype)
 
     def _attention(self, biased: tuple[int, int] | None) -> Attention:

@@ -16,11 +16,15 @@ from step1x.kernels.adaln import quantise_rows
 
 
 class Place(NamedTuple):
-    """Where the keys and values of one block's rows go. rows: (batch or 1, n) int64."""
+    """Where the keys and values of one block's rows go.
+
+    rows: (batch or 1, n) int64, of the image where the block's text rows are apart. joint: of text and image together.
+    """
 
     rows: Tensor
     keys: "Tensor | Rows8"
     values: "Tensor | Rows8"
+    joint: Tensor
 
 
 class Rows8(NamedTuple):
@@ -105,7 +109,7 @@ class Active:
 
     def place(self, block: int, *, joined: bool) -> Place:
         """For a block by its position; joined: its rows are text and image rows together."""
-        return Place(self.joint if joined else self.image, *self.kept.blocks[block])
+        return Place(self.joint if joined else self.image, *self.kept.blocks[block], self.joint)
 
     def rope(self, rope: Rope) -> Rope:
         """Of the rows that are computed, from the tables of all (batch or 1, 1, rows, half)."""
@@ -114,6 +118,6 @@ class Active:
         index = self.joint.expand(batch, -1)[:, None, :, None].expand(-1, -1, -1, cos.shape[-1])
         return tuple(table.expand(batch, -1, -1, -1).gather(2, index) for table in (cos, sin))  # type: ignore[return-value]
 
-    def gathered(self, img: Tensor) -> Tensor:
-        """Of image rows (batch, N, width), those that are computed."""
-        return img.gather(1, self.image.expand(len(img), -1)[:, :, None].expand(-1, -1, img.shape[2]))
+    def gathered(self, tokens: Tensor) -> Tensor:
+        """Of image tokens (batch, N, channels), those that are computed."""
+        return tokens.gather(1, self.image.expand(len(tokens), -1)[:, :, None].expand(-1, -1, tokens.shape[2]))

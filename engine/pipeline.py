@@ -459,9 +459,9 @@ class Engine:
         """The edited pictures."""
         loop, state = self._prepare(request, options)
         skipping = None if state[1] is None else self._skipping(request, options)
-        trail: list[Tensor] = []
+        trail: list[Tensor] | None = [] if self._coarse else None  # latents after each step
         made = self._run(request, loop, state, skipping, trail)
-        if not self._coarse:
+        if trail is None:
             return made
         lost = first_lost(trail)
         if lost is None and not is_flat(made.pixels):

@@ -168,10 +168,8 @@ def _step(model: ModelSizes, dtype: torch.dtype, scheme: Scheme, work: Work, run
         request = memory.now
         forwards = folded(dit, forwards, [time])
         before = memory.peak = memory.now
-        noisy, source = (dit.img_in(_empty(work.batch, tokens, model.dit.in_channels, dtype=dtype)) for _ in range(2))
-        img = torch.cat((noisy, source), dim=1)
-        del noisy, source
-        velocities(dit, forwards, img, (0, 1), time, tokens)
+        both = _empty(work.batch, 2 * tokens, model.dit.in_channels, dtype=dtype)
+        velocities(dit, forwards, both, (0, 1), time, tokens)
         return request, memory.peak - before
 
 

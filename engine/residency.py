@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from step1x.engine.weights import Components
 
 ALIGNMENT = 256  # bytes: of each tensor within its block, as CUDA aligns what it reserves
-PARTS = ("text", "vision", "vae")
 RESIDENT = Residency()
 EMBEDDINGS = "embed_tokens."  # of the language model
 
@@ -155,6 +154,8 @@ class Stream:
             try:
                 yield
             finally:
+                if self._copies is not None:  # a block may still be on its way to a place that is given back here
+                    torch.cuda.current_stream(self._device).wait_stream(self._copies)
                 self._halves, self._coming, self._free = [], None, [None, None]
 
     @contextmanager
@@ -221,10 +222,12 @@ class Home:
         components.conditioner.using, components.conditioner.device = self.using, device
         for part in self._parts:
             self.keep(part, getattr(residency, part))
-        if residency.folded == "host":
-            for name, module in components.dit.named_modules():
-                if isinstance(module, nn.Linear) and is_modulation(f"{name}.weight"):
-                    Packed(module)
+        if residency.folded == "host":  # their memory is pinned for as long as they are kept
+            self._folded = [
+                Packed(module)
+                for name, module in components.dit.named_modules()
+                if isinstance(module, nn.Linear) and is_modulation(f"{name}.weight")
+            ]
         if residency.dit == "stream":
             self.stream_dit(residency.stream_blocks)
 

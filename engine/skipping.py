@@ -124,6 +124,7 @@ class _Run:
         self, dit: DiT, loop: Loop, state: tuple[Tensor, Tensor], skipping: Skipping, plan: Sequence[StepPlan]
     ) -> None:
         self.dit, self.loop, self.skipping, self.plan = dit, loop, skipping, list(plan)
+        self.reuses = any(step.guide is Guide.REUSE for step in plan)
         self.done: list[StepPlan] = []
         self.cache = Cache()
         latents, self.reference = state
@@ -132,7 +133,6 @@ class _Run:
         self.times = times_of(loop.schedule, self.latents, loop.variant)
         self.forwards = folded(dit, loop.forwards, self.times) if loop.algebra.fold else list(loop.forwards)
         self.conditional = [first_rows(self.forwards[0], len(latents))]
-        self.entered = dit.img_in(self.reference.to(dit.dtype))  # the reference's rows never change
 
     def step(self, index: int, *, watched: bool = False) -> None:
         """watched: the guided velocity of a computed step is in the cache after it, wanted or not."""
@@ -170,7 +170,7 @@ class _Run:
         """Of a step, before it is done."""
         rows = self.dit.img_in(self._moving().to(self.dit.dtype))
         if probe is Probe.RELEASED:
-            both = torch.cat((rows, self.entered), dim=1)
+            both = torch.cat((rows, self.dit.img_in(self.reference.to(self.dit.dtype))), dim=1)
             return F.layer_norm(both, both.shape[-1:], eps=1e-6)
         step = self._step(self.conditional[0], index)
         shift, scale = step.mods.double[0][0].chunk(6, dim=-1)[:2]
@@ -226,8 +226,8 @@ class _Run:
     def _prediction(self, index: int, planned: StepPlan) -> Tensor:
         """Velocities of the moving tokens: conditional rows, then unconditional ones where the step is guided."""
         forwards = self.forwards if planned.guide is Guide.BOTH else self.conditional
-        img = self._rows(planned)
-        made = torch.cat([self._velocity(at, branch, img, index, planned) for at, branch in enumerate(forwards)])
+        tokens = self._tokens(planned)
+        made = torch.cat([self._velocity(at, branch, tokens, index, planned) for at, branch in enumerate(forwards)])
         if self.loop.guidance is None or planned.guide is Guide.COND:
             return made
         if planned.guide is Guide.BOTH:
@@ -240,28 +240,28 @@ class _Run:
 
     def _remember(self, prediction: Tensor) -> None:
         """Keeps the difference of guidance, if a step reuses it: of the tokens that move, beside the others' own."""
-        if any(step.guide is Guide.REUSE for step in self.plan):
+        if self.reuses:
             cond, uncond = prediction.chunk(2)
             whole, rows = self.cache.difference, self.cache.rows
             self.cache.difference = cond - uncond if rows is None or whole is None else put(whole, rows, cond - uncond)
 
-    def _rows(self, planned: StepPlan) -> Tensor:
-        """What the step's image rows are made of."""
-        rows = self.dit.img_in(self._moving().to(self.dit.dtype))
-        return torch.cat((rows, self.entered), dim=1) if planned.mode is Mode.FULL else rows
+    def _tokens(self, planned: StepPlan) -> Tensor:
+        """The image tokens that the step computes."""
+        moving = self._moving().to(self.dit.dtype)
+        return torch.cat((moving, self.reference.to(moving.dtype)), dim=1) if planned.mode is Mode.FULL else moving
 
-    def _velocity(self, at: int, branch: Branch, img: Tensor, index: int, planned: StepPlan) -> Tensor:
+    def _velocity(self, at: int, branch: Branch, tokens: Tensor, index: int, planned: StepPlan) -> Tensor:
         count = branch.request.rows
-        img = img.expand(count, -1, -1) if len(img) == 1 else img.repeat(count // len(img), 1, 1)
+        tokens = tokens.expand(count, -1, -1) if len(tokens) == 1 else tokens.repeat(count // len(tokens), 1, 1)
         step = self._step(branch, index)
         pruned = self.target if self.loop.algebra.prune else None
         if planned.mode is Mode.FULL and not planned.fill:
             run = branch.runner.at(index / len(self.plan))
-            return run(img, step, branch.rope, pruned)[:, : self.target]
+            return run(tokens, step, branch.rope, pruned)[:, : self.target]
         active, rope = self._view(at, branch, planned, step.text.shape[1])
         assert branch.runner.rows is not None
         kept = pruned if planned.mode is Mode.FULL else None
-        made = branch.runner.rows(img, step, rope, kept, active)
+        made = branch.runner.rows(tokens, step, rope, kept, active)
         return made[:, : self.target] if planned.mode is Mode.FULL else made
 
     def _step(self, branch: Branch, index: int) -> Step:
@@ -289,7 +289,7 @@ class _Run:
     def _kept(self, at: int) -> Kept:
         """Keys and values of a forward; those of the conditional rows alone are a part of them."""
         if not self.cache.kept:
-            image = self.target + self.entered.shape[1]
+            image = self.target + self.reference.shape[1]
             self.cache.kept = [
                 Kept(self.dit, rows.shape[0], rows.shape[1] + image, eight_bit=self.skipping.eight_bit)
                 for rows in (branch.request.text.rows for branch in self.forwards)

@@ -41,7 +41,7 @@ def forward(config: DiTConfig, rows: Rows, mode: Mode, prune: bool = True) -> in
     queries, keys = rows.text + target + reference, rows.text + rows.target + rows.reference
     kept = target if prune and config.depth_single else queries
     whole = config.depth + config.depth_single - 1
-    ends = 2 * target * width * config.in_channels
+    ends = 2 * (target + reference) * width * config.in_channels
     ends += 2 * (target if prune else target + reference) * width * config.out_channels
     keys_and_values = 4 * queries * width * width
     each = 4 * width * (width + hidden) + 4 * width * keys  # a row's query, projection, MLP and attention
@@ -51,8 +51,8 @@ def forward(config: DiTConfig, rows: Rows, mode: Mode, prune: bool = True) -> in
 def flops(
     plan: Sequence[StepPlan], config: DiTConfig, rows: Rows, *, guided: bool = True, prune: bool = True, batch: int = 1
 ) -> int:
-    """FLOPs of all steps, the reference's way in once. guided: BOTH steps have two branches."""
-    total = 2 * rows.reference * config.hidden_size * config.in_channels
+    """FLOPs of all steps. guided: BOTH steps have two branches."""
+    total = 0
     for step in plan:
         branches = 2 if guided and step.guide is Guide.BOTH else 1
         total += branches * forward(config, rows, step.mode, prune)

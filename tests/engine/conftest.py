@@ -84,7 +84,7 @@ def small_dit() -> Callable[..., DiT]:
 
 @pytest.fixture
 def step_arguments() -> Callable[..., tuple[Tensor, Step, Rope]]:
-    """Makes what `DiT.velocity` takes: 12 image rows, 5 text rows."""
+    """Makes what `DiT.velocity` takes: 12 image tokens, 5 text rows."""
 
     def make(dit: DiT, batch: int = 2, *, bias: bool = True) -> tuple[Tensor, Step, Rope]:
         generator, texts, grid = torch.Generator().manual_seed(1), 5, (2, 3)
@@ -99,7 +99,7 @@ def step_arguments() -> Callable[..., tuple[Tensor, Step, Rope]]:
         )
         step = dit.condition(dit.prepare(text), torch.full((batch,), 0.4, dtype=dit.dtype))
         rope = dit.rope(torch.zeros(1, texts, 3), image_ids(grid, (1, 1, 1)))
-        return random(batch, 2 * grid[0] * grid[1], dit.config.hidden_size), step, rope
+        return random(batch, 2 * grid[0] * grid[1], dit.config.in_channels), step, rope
 
     return make
 

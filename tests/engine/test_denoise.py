@@ -50,15 +50,15 @@ class Watched(DiT):
     def __init__(self, config: DiTConfig, fp32_norms: bool) -> None:
         super().__init__(config, fp32_norms)
         self.times: list[Tensor] = []
-        self.img: list[Tensor] = []
+        self.tokens: list[Tensor] = []
 
     def condition(self, request: Request, timestep: Tensor) -> Step:
         self.times.append(timestep)
         return super().condition(request, timestep)
 
-    def velocity(self, img: Tensor, step: Step, rope: tuple[Tensor, Tensor], kept: int | None = None) -> Tensor:
-        self.img.append(img.clone())  # the loop writes to it again
-        return super().velocity(img, step, rope, kept)
+    def velocity(self, tokens: Tensor, step: Step, rope: tuple[Tensor, Tensor], kept: int | None = None) -> Tensor:
+        self.tokens.append(tokens)
+        return super().velocity(tokens, step, rope, kept)
 
 
 def transformer(row: Variant, dtype: torch.dtype = torch.float32) -> Watched:
@@ -101,7 +101,7 @@ def test_batched_guidance_equals_one_forward_after_the_other() -> None:
     for row in ROWS:
         together, one = run(row.override({"batched_guidance": True}), steps=6)
         apart, other = run(row.override({"batched_guidance": False}), steps=6)
-        assert (len(one.img), len(other.img)) == (6, 12)
+        assert (len(one.tokens), len(other.tokens)) == (6, 12)
         assert (together - apart).abs().max() <= 1e-5 * apart.abs().max()
 
 
@@ -123,8 +123,8 @@ def test_without_guidance_there_is_one_forward_and_the_conditional_velocity(row:
     dit, schedule = transformer(row), timesteps(4, 1024)
     conditional = forwards(dit, row, [instruction(21)])
     got = denoise(dit, Loop(conditional, schedule, None, row), state())
-    assert len(dit.img) == 4
-    assert {img.shape[0] for img in dit.img} == {1}
+    assert len(dit.tokens) == 4
+    assert {tokens.shape[0] for tokens in dit.tokens} == {1}
     pair = forwards(dit, row, [instruction(21)], [instruction(22)])
     of_one = denoise(dit, Loop(pair, schedule, Guidance(1.0, 1.0), row), state())
     torch.testing.assert_close(got, of_one, atol=1e-5, rtol=1e-5)
@@ -152,11 +152,11 @@ def test_reference_tokens_stay_and_the_callers_tensors_too() -> None:
     made = forwards(dit, OFFICIAL_V10, [instruction(21)], [instruction(22)])
     denoise(dit, Loop(made, timesteps(3, 1024), Guidance(6.0, 1.0), OFFICIAL_V10), (latents, reference))
     assert torch.equal(latents, before)
-    for img in dit.img:
-        assert img.shape == (2, 2 * TARGET, CONFIG.hidden_size)
-        assert torch.equal(img[0], img[1])
-        assert torch.equal(img[:1, TARGET:], dit.img_in(reference))
-    assert not torch.equal(dit.img[0][:, :TARGET], dit.img[1][:, :TARGET])
+    for tokens in dit.tokens:
+        assert tokens.shape == (2, 2 * TARGET, CONFIG.in_channels)
+        assert torch.equal(tokens[0], tokens[1])
+        assert torch.equal(tokens[:1, TARGET:], reference)
+    assert not torch.equal(dit.tokens[0][:, :TARGET], dit.tokens[1][:, :TARGET])
 
 
 def test_text_to_image_has_no_reference() -> None:
@@ -164,7 +164,7 @@ def test_text_to_image_has_no_reference() -> None:
     made = branches(dit, [[instruction(21)], [instruction(22)]], image_ids(GRID, None), batched=True)
     end = denoise(dit, Loop(made, timesteps(3, 1024), Guidance(6.0, 0.93), row), (state()[0], None))
     assert end.shape == (1, TARGET, 8)
-    assert {img.shape[1] for img in dit.img} == {TARGET}
+    assert {tokens.shape[1] for tokens in dit.tokens} == {TARGET}
 
 
 def test_branches_of_different_lengths() -> None:
@@ -192,10 +192,10 @@ def test_velocities_are_those_of_the_target_conditional_first() -> None:
     dit, (latents, reference) = transformer(DIFFUSERS), state()
     tokens, t = torch.cat((latents, reference), dim=1), torch.tensor([0.5])
     pair = forwards(dit, DIFFUSERS, [instruction(21)], [instruction(22)])
-    got = velocities(dit, pair, dit.img_in(tokens), (0, 1), t)[:, :TARGET]
+    got = velocities(dit, pair, tokens, (0, 1), t)[:, :TARGET]
     assert got.shape == (2, TARGET, 8)
     for index, branch in enumerate(pair):
-        alone = dit.denoise(tokens, dit.condition(branch.request, t), branch.rope)[:, :TARGET]
+        alone = dit.velocity(tokens, dit.condition(branch.request, t), branch.rope)[:, :TARGET]
         assert torch.equal(got[index : index + 1], alone)
 
 
@@ -228,7 +228,7 @@ def test_a_state_once_wide_stays_wide() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_full_precision_keeps_its_dtype(row: Variant, dtype: torch.dtype) -> None:
     end, dit = run(row, dtype)
-    assert {end.dtype} == {img.dtype for img in dit.img} == {t.dtype for t in dit.times} == {dtype}
+    assert {end.dtype} == {tokens.dtype for tokens in dit.tokens} == {t.dtype for t in dit.times} == {dtype}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -279,7 +279,7 @@ def test_on_step_is_called_after_each_step(row: Variant) -> None:
     pair = forwards(dit, row, [instruction(21)], [instruction(22)])
 
     def on_step(step: int, steps: int) -> None:
-        calls.append((step, steps, len(dit.img)))
+        calls.append((step, steps, len(dit.tokens)))
 
     denoise(dit, Loop(pair, timesteps(3, 1024), Guidance(6.0, 1.0), row), state(), on_step)
     each = len(pair)
@@ -296,7 +296,7 @@ def test_an_error_in_on_step_stops_the_loop() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         denoise(dit, Loop(pair, timesteps(5, 1024), Guidance(6.0, 1.0), OFFICIAL_V10), state(), on_step)
-    assert len(dit.img) == 2
+    assert len(dit.tokens) == 2
 
 
 def test_calls_share_nothing() -> None:

@@ -52,7 +52,7 @@ class Stages:
             request = dit.prepare(text)
             self.outputs["connector_y"] = request.text.pooled
             self.outputs["connector_txt"] = dit.connector(request.text, timestep)
-            self.outputs["final"] = dit.denoise(tokens, dit.condition(request, timestep), rope)
+            self.outputs["final"] = dit.velocity(tokens, dit.condition(request, timestep), rope)
         for hook in hooks:
             hook.remove()
         self.outputs["vec"] = self.outputs["time_in"] + self.outputs["vector_in"]

@@ -64,8 +64,7 @@ class Trajectory:
 
     def first(self, forwards: list[Branch], state: tuple[Tensor, Tensor]) -> Tensor:
         """Velocities of the first step: conditional row, unconditional row."""
-        img = self.dit.img_in(torch.cat(state, dim=1))
-        return velocities(self.dit, forwards, img, (0, 1), self.schedule[:1], self.tokens)
+        return velocities(self.dit, forwards, torch.cat(state, dim=1), (0, 1), self.schedule[:1], self.tokens)
 
     def run(
         self, forwards: list[Branch], state: tuple[Tensor, Tensor], above: float, steps: int | None = None

@@ -43,7 +43,7 @@ def conditioned(dit: DiT, branches: int, seed: int = 0, timestep: float = 0.7) -
 def tokens(dit: DiT, branches: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(1, 2 * TARGET, dit.config.in_channels, generator=generator).to(dit.dtype)
-    return dit.img_in(latents).expand(branches, -1, -1)
+    return latents.expand(branches, -1, -1)
 
 
 def both(

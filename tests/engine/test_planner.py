@@ -80,9 +80,8 @@ def tracked(work: counted.Work, scheme: Any, batched: bool) -> int:
             time = torch.ones(1)
             forwards = folded(dit, forwards, [time] * work.steps)
             tokens = torch.zeros(1, 2 * work.canvas.tokens, dit.config.in_channels, dtype=torch.bfloat16)
-            img = dit.img_in(tokens)
             memory.peak = memory.now
-            velocities(dit, forwards, img, (0, 1), time, work.canvas.tokens)
+            velocities(dit, forwards, tokens, (0, 1), time, work.canvas.tokens)
             return memory.peak
 
 

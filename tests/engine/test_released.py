@@ -44,5 +44,5 @@ def test_arithmetic_of_one_forward(side: int, teraflops: float) -> None:
         request = dit.prepare(Text(torch.zeros(1, 640, 3584), torch.ones(1, 640, dtype=torch.long)))
         rope = dit.rope(torch.zeros(1, 640, 3), image_ids(canvas.grid, (1, 1, 1)).to("meta"))
         step = dit.condition(request, torch.zeros(1))
-        dit.denoise(torch.zeros(1, 2 * canvas.tokens, 64), step, rope)
+        dit.velocity(torch.zeros(1, 2 * canvas.tokens, 64), step, rope)
     assert counter.get_total_flops() == pytest.approx(teraflops * 1e12, rel=0.01)
