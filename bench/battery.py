@@ -30,11 +30,11 @@ LOG = "battery.log"  # in the folder of records: what every part said
 PARTS = {"kernels": 120, "dit": 170, "e2e": 150, "peers": 90}
 # A part for each profile with a budget, to be asked for by name; five of them are nine minutes.
 PROFILES = {name: 105 for name in profile_names() if load_profile(name).budget_gb}
-LIMITS = {**PARTS, **PROFILES, "skipping": 540}  # skipping, too, is asked for by name
+LIMITS = {**PARTS, **PROFILES, "skipping": 540, "tensorrt": 540}  # these, too, are asked for by name
 # Precision -> the profile that has all of it resident, whose time the others of that precision are compared with.
 RESIDENT = {"bf16": "bf16-80gb", "fp8": "fp8-80gb"}
-PART_HELP = "Only these; a profile's name measures it.  [default: all but profiles and skipping]"
-SMOKE = (*PARTS, "bf16-24gb", "fp8-18gb", "skipping")
+PART_HELP = "Only these; a profile's name measures it.  [default: all but profiles, skipping and tensorrt]"
+SMOKE = (*PARTS, "bf16-24gb", "fp8-18gb", "skipping", "tensorrt")
 ENOUGH = 0.8  # of a part's time: nothing new is begun then
 
 
@@ -81,7 +81,7 @@ class Run:
 
 def run_part(name: str, smoke: bool, commit: str) -> Record:
     """One part in this process."""
-    from step1x.bench import battery_kernels, battery_model
+    from step1x.bench import battery_kernels, battery_model, battery_tensorrt
 
     parts: dict[str, Callable[[Run], None]] = {
         "kernels": battery_kernels.kernels,
@@ -90,6 +90,7 @@ def run_part(name: str, smoke: bool, commit: str) -> Record:
         "peers": battery_model.peers,
         **{name: partial(battery_model.profile, name=name) for name in PROFILES},
         "skipping": battery_model.skipping,
+        "tensorrt": battery_tensorrt.tensorrt,
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(device, size_name(smoke) == "smoke", time.monotonic() + ENOUGH * LIMITS[name])

@@ -19,9 +19,9 @@ from step1x.bench.measure import edit_and_save, timings
 from step1x.engine import Engine, released, sizes
 from step1x.engine.algebra import OFF, ON
 from step1x.engine.dit import DiT, DiTConfig
+from step1x.engine.engine_config import model_sizes
 from step1x.engine.executor import Execution, stepper
 from step1x.engine.folder import locate
-from step1x.engine.hollow import model_sizes
 from step1x.engine.image import Canvas, image_ids
 from step1x.engine.planner import plan
 from step1x.engine.residency import limit
@@ -31,14 +31,14 @@ from step1x.profiles import Profile, load_profile
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from step1x.engine.pipeline import Edit
+    from step1x.engine.request import Edit
 
 SIZES = {"full": (512, 768, 1024), "smoke": (64,)}
 STEPS = {"full": 28, "smoke": 2}
 GUIDANCE = 6.0
 
 
-def _sizes(run: Run) -> tuple[int, ...]:
+def sides(run: Run) -> tuple[int, ...]:
     return SIZES["smoke" if run.smoke else "full"]
 
 
@@ -46,7 +46,7 @@ def _steps(run: Run) -> int:
     return STEPS["smoke" if run.smoke else "full"]
 
 
-def _config(run: Run) -> DiTConfig:
+def released_config(run: Run) -> DiTConfig:
     """The released transformer, or for smoke runs the bundled checkpoint's."""
     if not run.smoke:
         return released.dit_config(full.VERSION)
@@ -76,12 +76,12 @@ MODES = {
 
 def dit(run: Run) -> None:
     """A step of both guidance branches, run in every way: seconds, rate, ratio to the floor of its FLOPs, memory."""
-    model = full.hollow_dit(_config(run))
+    model = full.hollow_dit(released_config(run))
     full.fill(model, full.random(run.device), run.dtype)
     rate = gemm_rate(run.device, run.dtype)
     run.put("dit.ceiling", rate, "FLOP/s", "info", higher=True)
     for mode in MODES:
-        for side in sorted(_sizes(run), reverse=True):
+        for side in sorted(sides(run), reverse=True):
             if not run.late(f"dit {mode} {side}"):
                 _step(run, model, mode, side, rate)
 
@@ -125,7 +125,7 @@ def e2e(run: Run) -> None:
 
     first = min(4, steps)
     run.notes["first_edit"] = f"of {first} steps, the others of {steps}"
-    for side in _sizes(run):
+    for side in sides(run):
         cold = edit(side, first)
         for name, metric in timings(cold, [edit(side, steps)]).items():
             run.metrics[f"e2e.{side}.{name}"] = metric
@@ -134,7 +134,7 @@ def e2e(run: Run) -> None:
     if run.device.type != "cuda":
         run.notes["gpu_idle"] = "not measured: no GPU"
         return
-    side = _sizes(run)[0]
+    side = sides(run)[0]
     busy, whole = busy_seconds(lambda on_stage: edit(side, first, on_stage))
     run.put(f"e2e.{side}.gpu_idle_per_step", (whole - busy) / first, "s", "info")
 
@@ -184,7 +184,7 @@ def peers(run: Run) -> None:
     except ImportError:
         run.notes["peers"] = "not measured: diffusers is not installed (carry its wheel)"
         return
-    config = _config(run)
+    config = released_config(run)
     with torch.device("meta"):
         model = FluxTransformer2DModel(
             patch_size=1,
@@ -203,7 +203,7 @@ def peers(run: Run) -> None:
     for mode in ("eager", "compiled"):
         if mode == "compiled":
             compile_blocks(run, (*model.transformer_blocks, *model.single_transformer_blocks))
-        for side in _sizes(run):
+        for side in sides(run):
             run.put(f"peers.diffusers_flux.{side}.{mode}.seconds", _flux(run, model, config, side), "s", "info")
             gc.collect()
 
@@ -238,7 +238,7 @@ def profile(run: Run, name: str) -> None:
         return
     limit(settings.budget_gb, run.device)
     engine, steps = _engine(run, settings), _steps(run)
-    for side in _sizes(run):
+    for side in sides(run):
         if run.late(f"{name} {side}"):
             return
         if not run.smoke:  # the first edit of a size compiles and warms up
@@ -264,7 +264,7 @@ def skipping(run: Run) -> None:
         shown = photograph(side, side, next(pictures))
         return edit_and_save(engine, shown, steps=steps, guidance=GUIDANCE, size=side, seed=0, speed=speed, **options)
 
-    for side in sorted(_sizes(run), reverse=True):
+    for side in sorted(sides(run), reverse=True):
         for share in (None, *SHARES["smoke" if run.smoke else "full"]):
             for speed in ("exact", "balanced", "fast", "turbo"):
                 name = f"skipping.{side}.{'none' if share is None else f'{share:.0%}'}.{speed}"

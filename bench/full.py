@@ -14,12 +14,14 @@ from step1x.engine import Engine, hollow, released
 from step1x.engine.algebra import Algebra
 from step1x.engine.denoise import Runner, branches, folded, velocities
 from step1x.engine.dit import DiT, DiTConfig
+from step1x.engine.engine_config import model_sizes
 from step1x.engine.executor import Execution
 from step1x.engine.folder import locate
 from step1x.engine.fused import Fused
 from step1x.engine.hollow import ModelSizes
 from step1x.engine.image import Canvas, image_ids
 from step1x.engine.qwen import compute_frequencies, load_image_processor, load_tokenizer, read_config
+from step1x.engine.request import Defaults
 from step1x.engine.residency import dit_at_host, text_at_host
 from step1x.engine.text import Conditioner
 from step1x.engine.vae import VAE
@@ -106,7 +108,7 @@ def engine(device: torch.device, profile: Profile, sizes: ModelSizes | None = No
 
     sizes: of a model, by default the released one. Engines for one profile have the same weights on every run.
     """
-    sizes, bundled = sizes or hollow.model_sizes(VERSION), locate(None)
+    sizes, bundled = sizes or model_sizes(VERSION), locate(None)
     make, (text, processor) = random(device), bundled.needed_text()
     row = sizes.variant.override({"template_tokens": bundled.variant().template_tokens})  # of the tokenizer
     dtype, lies = getattr(torch, profile.dtype), profile.residency
@@ -125,7 +127,7 @@ def engine(device: torch.device, profile: Profile, sizes: ModelSizes | None = No
     conditioner = Conditioner(qwen.eval(), load_tokenizer(processor), pictures, row)
     name = f"random-{sizes.name}"
     components = Components(variant=row, dit=dit, vae=vae, conditioner=conditioner, name=name, digest="")
-    return Engine(components, Execution.of(profile), residency=lies)
+    return Engine(components, Execution.of(profile), residency=lies, defaults=Defaults.of(profile))
 
 
 def step(dit: DiT, canvas: Canvas, algebra: Algebra, runner: Runner | None = None) -> Callable[[], Tensor]:

@@ -24,7 +24,7 @@ from step1x.profiles import default_profile
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from step1x.engine.pipeline import Edit
+    from step1x.engine.request import Edit
 
 BAR = 32  # characters of the longest bar
 INSTRUCTION = "make it black and white"

@@ -22,16 +22,17 @@ from step1x.bench.quality import psnr, ssim, to_image
 from step1x.engine import Engine
 from step1x.engine.embeddings import EmbeddingCache
 from step1x.engine.picture import open_picture
-from step1x.engine.pipeline import Options, Request
 from step1x.engine.plan import StepPlan, spelled
 from step1x.engine.policy import CfgReuse, Decay, MagCache, Policy, RefFreeze, StepMask, Together, regione
 from step1x.engine.presets import PRESETS
+from step1x.engine.request import Options, Request, canvas_of
 from step1x.engine.skipping import Skipping, by_similarity
 from step1x.engine.timing import Recorder
 from step1x.engine.work import Rows, speedup
 from step1x.training.edits import FAMILIES, Picture, Sample, sample
 from step1x.training.pictures import Photographs, picture
 
+LEVEL = 256  # of sizes
 SIZES = ((304, 208), (208, 304), (256, 256))  # width, height
 SCENES = 0.3  # share of made pictures
 NOISE_EVERY = 20  # pairs of which one is also made in bfloat16, for the noise floor
@@ -61,7 +62,7 @@ class Pair:
     def __init__(self, engine: Engine, one: Sample, seed: int, options: Options) -> None:
         self.engine, self.one = engine, one
         opened = [open_picture(to_image(one.source))]
-        canvas = engine._canvas(opened, 256)
+        canvas = canvas_of(opened, LEVEL)
         self.request = Request(
             opened=opened,
             instructions=[one.instruction],
@@ -191,7 +192,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in lines[0]["policies"]:
         found = [line["policies"][name] for line in lines if name in line["policies"]]
         local = [line["policies"][name] for line in lines if line["local"] and name in line["policies"]]
-        rows.append({"policy": name, **_means(found), "local": _means(local)})
+        rows.append({"policy": name, **_means(found), "local": _means(local) if local else None})
     return sorted(rows, key=lambda row: row["work"])
 
 

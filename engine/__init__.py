@@ -6,7 +6,8 @@ Names are imported on first use, so that the command line can print its help wit
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from step1x.engine.pipeline import Edit, Engine, edit
+    from step1x.engine.pipeline import Engine, edit
+    from step1x.engine.request import Edit
 
 __all__ = ["Edit", "Engine", "edit"]
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from step1x.engine import released, sizes, store
+from step1x.engine import released, store
+from step1x.engine.backends import Backend
 from step1x.engine.caches import make_private
 from step1x.engine.checkpoint import (
     Checkpoint,
@@ -25,21 +26,19 @@ from step1x.engine.checkpoint import (
     digest,
     dtype_name,
     in_order,
-    read_json,
     tensor_files,
     write_to,
 )
 from step1x.engine.convert import TEXT_FILES
+from step1x.engine.engine_config import CONFIG, EngineConfig
 from step1x.engine.errors import InputError
 from step1x.engine.folder import ModelFolder, locate
 from step1x.engine.layouts import Target
 from step1x.engine.parts import (
-    CONFIG,
     NETWORKS,
     PARTS,
     PLAN,
     PROFILE,
-    EngineConfig,
     Network,
     Part,
     architecture,
@@ -50,12 +49,10 @@ from step1x.engine.parts import (
 from step1x.engine.planner import Plan, plan
 from step1x.engine.planner import check as check_plan
 from step1x.engine.progress import Progress
-from step1x.engine.qwen import load_tokenizer, model_key
+from step1x.engine.qwen import model_key
 from step1x.engine.save import check_room
 from step1x.engine.store import MANIFEST, PROCESSOR, Draft, Manifest, Say, engines_folder, locked
 from step1x.engine.text import Conditioner, load_processor
-from step1x.engine.tokens import HEADER
-from step1x.engine.variants import DEFAULTS
 from step1x.engine.weights import assemble, check, check_fit, dit_targets, renamed, shapes, text_digest, vae_targets
 from step1x.kernels.launch import PAYS, nearest
 from step1x.profiles import Profile
@@ -102,7 +99,7 @@ class FolderSource:
     def of(cls, folder: ModelFolder, blocks: int | None) -> "FolderSource":
         vae, text = folder.needed_vae(), Checkpoint(tensor_files(folder.needed_text()[0]))
         check_fit(folder, vae, text)
-        return cls(folder=folder, vae=vae, text=text, config=limited(folder_config(folder), blocks))
+        return cls(folder=folder, vae=vae, text=text, config=EngineConfig.of(folder).limited(blocks))
 
     @property
     def name(self) -> str:
@@ -118,7 +115,7 @@ class FolderSource:
 
     def reader(self) -> Read:
         files: dict[Network, Checkpoint] = {"dit": self.folder.dit, "text": self.text, "vae": self.vae}
-        hollow = plain_networks(folder_config(self.folder))
+        hollow = plain_networks(EngineConfig.of(self.folder))
         text, unused = renamed(hollow.text, self.text, model_key)
         found: dict[Network, list[Target]] = {
             "dit": dit_targets(hollow.dit, self.folder.dit),
@@ -156,34 +153,6 @@ class RandomSource:
         return read
 
 
-def folder_config(folder: ModelFolder) -> EngineConfig:
-    """The sizes and the preset of a located model. Raises InputError."""
-    row, (text, _) = folder.variant(), folder.needed_text()
-    return EngineConfig(
-        preset=row.name,
-        overrides=folder.settings.get("overrides", {}),
-        dit=sizes.dit_config(folder.dit, folder.dit_configs),
-        vae=sizes.vae_config(folder.needed_vae(), folder.vae_configs),
-        text=read_json(text / CONFIG),
-    )
-
-
-def released_config(version: str, processor: Path) -> EngineConfig:
-    """The sizes and the preset of a released model, with the tokenizer in `processor`."""
-    from transformers import Qwen2_5_VLConfig
-
-    row = DEFAULTS[version]
-    backend = load_tokenizer(processor).backend_tokenizer
-    template = backend.encode(HEADER + row.prefix, add_special_tokens=False).ids
-    return EngineConfig(
-        preset=row.name,
-        overrides={"template_tokens": len(template) - 1},  # up to its last colon (model.md §1.3)
-        dit=released.dit_config(version),
-        vae=released.VAE,
-        text=Qwen2_5_VLConfig(**released.QWEN).to_dict(),
-    )
-
-
 def find_source(model: str | Path | None, *, random: bool = False, blocks: int | None = None) -> Source:
     """What `model` names (`folder.locate`), or random weights of its shapes; those there are of released versions, too.
 
@@ -194,20 +163,12 @@ def find_source(model: str | Path | None, *, random: bool = False, blocks: int |
         if not random:
             raise InputError(f"{model}: name the folder or the Hub id of its weights, or give --random-weights")
         processor = locate(None).needed_text()[1]
-        config = released_config(str(model), processor)
-        return RandomSource(name=f"random-{model}", config=limited(config, blocks), processor=processor)
+        config = EngineConfig.released(str(model), processor).limited(blocks)
+        return RandomSource(name=f"random-{model}", config=config, processor=processor)
     found = FolderSource.of(locate(model), blocks)
     if random:
         return RandomSource(name=f"random-{found.name}", config=found.config, processor=found.processor)
     return found
-
-
-def limited(config: EngineConfig, blocks: int | None) -> EngineConfig:
-    """A config with no more than so many double and single blocks."""
-    dit = config.dit
-    if blocks is None:
-        return config
-    return replace(config, dit=replace(dit, depth=min(dit.depth, blocks), depth_single=min(dit.depth_single, blocks)))
 
 
 def find_or_build(
@@ -234,6 +195,11 @@ def find_or_build(
         if _whole(place, order, verify):
             store.drop_stale_lock(place)
             return place
+    base = None
+    if order.backend.name != "torch":  # its tensors are those of the engine without it
+        plain = profile.changed({"backend": "torch", "target": ""})
+        base = find_or_build(model, plain, say=say, random=random, blocks=blocks, progress=progress)
+    with _explained(place):
         if into is None:
             make_private(place.parent)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +209,7 @@ def find_or_build(
                 say(f"building the engine of {source.name} for {profile.name} in {place}")
                 if blocks is not None:
                     say(f"it has at most {blocks} double and {blocks} single blocks: to be measured, not to edit with")
-                _build(place, order, source, progress or Progress(None))
+                _build(place, order, source, progress or Progress(None), base)
     return place
 
 
@@ -261,6 +227,7 @@ class Order:
     """What an engine shall be."""
 
     profile: Profile
+    backend: Backend
     settings: Mapping[str, bytes]  # files that say so, by name
     facts: Mapping[str, Any]  # of its manifest
 
@@ -270,7 +237,7 @@ class Order:
             CONFIG: store.canonical(source.config.as_json()),
             PROFILE: profile.model_dump_json(indent=1).encode(),
         }
-        chip = architecture(profile.device)
+        chip, backend = architecture(profile.device), Backend.of(profile)
         facts = {
             "source": {"name": source.name, "digest": source.digest, "processor": text_digest([], source.processor)},
             "profile": profile.name,
@@ -280,8 +247,9 @@ class Order:
             "architecture": chip,
             "compilation": _compilation(profile, chip),
             "kernels": {"use": profile.kernels, "attention": profile.attention, "faster": _faster(chip)},
+            **backend.facts,
         }
-        return cls(profile=profile, settings=settings, facts=facts)
+        return cls(profile=profile, backend=backend, settings=settings, facts=facts)
 
     @property
     def key(self) -> str:
@@ -344,8 +312,13 @@ def _make_way(place: Path, order: Order, *, verify: bool, ours: bool, say: Say) 
     store.set_aside(place, list(damaged))
 
 
-def _build(place: Path, order: Order, source: Source, progress: Progress) -> None:
+def _build(place: Path, order: Order, source: Source, progress: Progress, base: Path | None) -> None:
+    """base: an engine with the same tensors."""
     draft = Draft(place, order.facts)
+    if base is not None:
+        made = Manifest.read(base).files
+        for name in (part.file for part in PARTS if part.file not in draft):
+            draft.adopt(name, base / name, made[name])
     progress.stage("Looking at the model")
     modules, read = networks(source.config, order.profile), source.reader()
     tools = load_processor(source.processor, source.config.qwen(Path(CONFIG)), source.processor)
@@ -362,6 +335,10 @@ def _build(place: Path, order: Order, source: Source, progress: Progress) -> Non
     for part, tensors in todo.items():
         progress.stage(f"Writing {part.file} (MB)")
         draft.write(part.file, partial(_stream, tensors, progress))
+    for name, fill in order.backend.files(source.config, order.profile, draft.folder):
+        if name not in draft:
+            progress.stage(f"Exporting {name}")
+            draft.write(name, fill)
     draft.publish()
 
 

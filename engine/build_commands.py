@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from step1x.engine.errors import InputError
-from step1x.engine.options import EXIT_CODES, PROFILE_HELP, Finite, debug_option
+from step1x.engine.options import BACKEND_HELP, BACKENDS, EXIT_CODES, PROFILE_HELP, Finite, debug_option
 
 if TYPE_CHECKING:
     from step1x.engine.store import Kept
 
 KEY_SHOWN = 12  # digits of a key in lists: enough to name it
 MODEL_HELP = "Folder of weights, Hub id ORG/NAME, or with --random-weights v1.0, v1.1 or v1.2.  [default: bundled]"
+TARGET_HELP = "GPU that TensorRT builds for, such as sm_89; it need not be here.  [default: the one here]"
 BLOCKS_HELP = "Only the first N double and N single blocks: to measure on a short disk."
 UNUSABLE = EXIT_CODES.replace("1 we failed", "1 we failed or an engine is damaged")
 
@@ -22,6 +23,8 @@ UNUSABLE = EXIT_CODES.replace("1 we failed", "1 we failed or an engine is damage
 @click.command(epilog=EXIT_CODES)
 @click.option("--profile", metavar="NAME", help=PROFILE_HELP)
 @click.option("--model", metavar="MODEL", help=MODEL_HELP)
+@click.option("--backend", type=click.Choice(BACKENDS), help=BACKEND_HELP)
+@click.option("--target", metavar="NAME", help=TARGET_HELP)
 @click.option("--random-weights", "random", is_flag=True, help="Random weights of the model's shapes, for benchmarks.")
 @click.option("--blocks", type=click.IntRange(1, 1000), metavar="N", help=BLOCKS_HELP)
 @click.option("-o", "--output", metavar="DIR", help="Folder to build it in.  [default: by its key in the user's cache]")
@@ -32,15 +35,17 @@ UNUSABLE = EXIT_CODES.replace("1 we failed", "1 we failed or an engine is damage
 def build(*, profile: str | None, output: str | None, as_json: bool, quiet: bool, **words: Any) -> None:
     """Build the engine of a model for a profile, unless it is there already.
 
-    Weights are read once, quantised as the profile says, and written as they are going to be loaded. A build that was
-    ended goes on where it ended. The engine's folder goes to standard output, all else to standard error.
+    Weights are read once, quantised as the profile says, and written as they are going to be loaded; --backend adds
+    what is exported of them. A build that was ended goes on where it ended. The engine's folder goes to standard
+    output, all else to standard error.
     """
     from step1x.engine.build import find_or_build
-    from step1x.engine.pipeline import wanted_profile
+    from step1x.engine.loading import wanted_profile
     from step1x.engine.progress import Progress, terminal
     from step1x.engine.store import Manifest
 
-    wanted = wanted_profile(profile, {})
+    given = {"backend": words.pop("backend"), "target": words.pop("target")}
+    wanted = wanted_profile(profile, given)
     console = terminal(quiet)
 
     def say(line: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -21,7 +21,17 @@ from step1x.bench.quant_commands import quant
 from step1x.engine.build_commands import build, engines
 from step1x.engine.calibrate_commands import calibrate
 from step1x.engine.errors import InputError
-from step1x.engine.options import EXIT_CODES, PROFILE_HELP, SPEEDS, DeviceName, Finite, Switch, debug_option
+from step1x.engine.options import (
+    BACKEND_HELP,
+    BACKENDS,
+    EXIT_CODES,
+    PROFILE_HELP,
+    SPEEDS,
+    DeviceName,
+    Finite,
+    Switch,
+    debug_option,
+)
 from step1x.engine.plan_commands import plan, profiles
 from step1x.engine.variants import DEFAULTS, VARIANTS
 
@@ -29,7 +39,7 @@ if TYPE_CHECKING:
     from step1x.engine.info import ModelInfo
     from step1x.engine.layouts import Layout
     from step1x.engine.picture import Picture
-    from step1x.engine.pipeline import Edit
+    from step1x.engine.request import Edit
 
 LARGEST_SEED = 2**63 - 1  # what a torch generator takes
 PRESETS = [*VARIANTS, *DEFAULTS]
@@ -142,12 +152,14 @@ class Job:
     fix_quotes: bool
     branches: str | None
     exact_algebra: bool
-    speed: Literal["exact", "balanced", "fast", "turbo"] | None
+    speed: str | None
     mask: str | None
     calibration: str | None
-    kernels: Literal["auto", "on", "off"] | None
+    kernels: str | None
     attention: str | None
     compiled: bool | None
+    backend: str | None
+    trust_engine: bool
     device: str | None
     no_cache: bool
     force: bool
@@ -199,6 +211,8 @@ class Job:
 @click.option("--kernels", type=click.Choice(["auto", "on", "off"]), help=KERNELS_HELP)
 @click.option("--attention", type=click.Choice(ATTENTION), metavar="NAME", help=ATTENTION_HELP)
 @click.option("--compile/--no-compile", "compiled", default=None, help=COMPILE_HELP)
+@click.option("--backend", type=click.Choice(BACKENDS), help=BACKEND_HELP)
+@click.option("--trust-engine", is_flag=True, help="Run the code of an exported engine that is not in your cache.")
 @click.option("--device", type=DeviceName(), metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--no-cache", is_flag=True, help="Neither use nor keep embeddings of pictures and instructions.")
 @click.option("--force", is_flag=True, help="Replace an existing result.")
@@ -221,10 +235,11 @@ def edit(**words: Any) -> None:
 
 def _check(job: Job) -> "Picture":
     """The opened source, after everything that can be refused without a model has been."""
+    from step1x.engine.named_profile import AUTO, named_profile
     from step1x.engine.picture import check_target, keeps_alpha, open_picture
 
-    if job.profile not in (None, "auto"):
-        _check_profile(str(job.profile))
+    if job.profile not in (None, AUTO):  # which machine this is, torch says, and that takes time
+        named_profile(str(job.profile))
     if job.output == "-" and (sys.stdout is None or sys.stdout.isatty()):
         raise InputError("standard output is a terminal or closed; redirect it to a file, or give -o FILE")
     if job.img == "-" and (sys.stdin is None or sys.stdin.isatty()):
@@ -234,15 +249,6 @@ def _check(job: Job) -> "Picture":
     if picture.alpha is not None and not keeps_alpha(job.target):
         click.echo("note: JPEG has no transparency; the result is on white", err=True)
     return picture
-
-
-def _check_profile(name: str) -> None:
-    from step1x.profiles import load_profile
-
-    try:
-        load_profile(name)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def _run(job: Job, picture: "Picture") -> "Edit":
@@ -271,6 +277,8 @@ def _run(job: Job, picture: "Picture") -> "Edit":
             kernels=job.kernels,
             attention=job.attention,
             compiled=job.compiled,
+            backend=job.backend,
+            trust_engine=job.trust_engine,
         )
         result = engine.edit(
             picture,

@@ -316,6 +316,11 @@ def is_modulation(key: str) -> bool:
     )
 
 
+def is_of_block(key: str) -> bool:
+    """Whether a parameter of the transformer is used where its blocks run."""
+    return key.startswith(("double_blocks.", "single_blocks.")) and not is_modulation(key)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one step needs besides the latents."""

@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from step1x.engine.backends import exported_runner
 from step1x.engine.caches import cache_folder, make_private
 from step1x.engine.denoise import Runner, Velocity
 from step1x.engine.dit import DiT, Rope, Step, here
@@ -29,7 +30,7 @@ from step1x.kernels.attention import attention_op
 from step1x.kernels.attention_backends import Attention, choose
 from step1x.kernels.cfg_step import cfg_step_op
 from step1x.kernels.launch import Op, pays
-from step1x.profiles import Profile
+from step1x.profiles import BackendName, Profile
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Execution:
 
     kernels: str = "auto"  # our own on a GPU: "auto" for those measured to be faster on it, "on" for all, or "off"
     attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
+    backend: BackendName = "torch"
     compiled: bool = False  # compile the blocks: the first edit of a size is slow, the others fast
     strip_pixels: int = 1 << 21  # larger pictures go through the autoencoder in strips: the same in half the memory
     fp8_attention: tuple[float, float] | None = None  # shares of the steps between which attention is 8-bit
@@ -87,10 +89,19 @@ def prepared(components: Components, execution: Execution) -> Runner:
     Raises InputError for an attention backend that is not there.
     """
     components.vae.strip_pixels = execution.strip_pixels
+    if components.exported is not None:
+        return exported_runner(
+            components.exported, None if is_hollow(components.dit) else stepper(components.dit, DEFAULT)
+        )
     if execution.compiled:
         keep_compiled(components.compiled)
         compile_vae(components.vae)
     return stepper(components.dit, execution)
+
+
+def is_hollow(dit: DiT) -> bool:
+    """Whether its blocks have no weights."""
+    return any(parameter.is_meta for parameter in dit.parameters())
 
 
 def stepper(dit: DiT, execution: Execution, backend: str = "inductor") -> Runner:

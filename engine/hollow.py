@@ -3,21 +3,17 @@
 For what is planned (planner.py), counted or timed (bench/) without a checkpoint.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from step1x.engine import released, sizes
 from step1x.engine.dit import DiT, DiTConfig, Text
-from step1x.engine.folder import locate
-from step1x.engine.qwen import hollow_model, read_config
+from step1x.engine.qwen import hollow_model
 from step1x.engine.text import Conditioning
 from step1x.engine.vae import VAE, VAEConfig
-from step1x.engine.variants import Variant, variant
+from step1x.engine.variants import Variant
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLModel
@@ -32,27 +28,6 @@ class ModelSizes:
     dit: DiTConfig
     vae: VAEConfig
     qwen: str  # JSON of the keywords of transformers' Qwen2_5_VLConfig
-
-
-def model_sizes(model: str | Path | None) -> ModelSizes:
-    """Sizes of a model from the headers of its files (see `folder.locate`), or of a released one: "v1.1", by heart.
-
-    Raises InputError when the model is not there, lacks a part or has keys or shapes that are not right.
-    """
-    if model in released.VERSIONS:
-        version = str(model)
-        text = json.dumps(released.QWEN)
-        config = released.dit_config(version)
-        return ModelSizes(name=version, variant=variant(version), dit=config, vae=released.VAE, qwen=text)
-    folder = locate(model)
-    qwen = read_config(folder.needed_text()[0] / "config.json")
-    return ModelSizes(
-        name=folder.name,
-        variant=folder.variant(),
-        dit=sizes.dit_config(folder.dit, folder.dit_configs),
-        vae=sizes.vae_config(folder.needed_vae(), folder.vae_configs),
-        qwen=json.dumps({part: getattr(qwen, part).to_dict() for part in ("text_config", "vision_config")}),
-    )
 
 
 def hollow_dit(config: DiTConfig, fp32_norms: bool = True) -> DiT:

@@ -4,6 +4,7 @@ What is kept is what attention takes: keys after their norm and their rotation (
 step computes replace their own, in place; all others are seen as they were when they were last computed.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -65,6 +66,13 @@ class Kept:
         self.blocks = [(made(), made()) for _ in range(config.depth + config.depth_single)]
         self.rows = rows
 
+    @classmethod
+    def of(cls, blocks: "Sequence[tuple[Tensor | Rows8, Tensor | Rows8]]", rows: int) -> Self:
+        """Keys and values that are there, of each block."""
+        made = cls.__new__(cls)
+        made.blocks, made.rows = list(blocks), rows
+        return made
+
     def first(self, batch: int) -> "Kept":
         """Those of the first rows of the batch, in the same memory."""
 
@@ -97,7 +105,7 @@ class Active:
 
     @classmethod
     def of(cls, kept: Kept, image: Tensor, text_rows: int) -> Self:
-        first = torch.arange(text_rows, device=image.device).expand(len(image), -1)
+        first = torch.arange(text_rows, device=image.device).expand(image.shape[0], -1)
         return cls(kept, image, torch.cat((first, text_rows + image), dim=1))
 
     @classmethod

@@ -9,7 +9,9 @@ import click
 
 EXIT_CODES = "Exit codes: 0 done, 1 we failed, 2 the input or the usage was wrong, 130 interrupted."
 DEVICES = ("auto", "cpu", "cuda", "mps")
-SPEEDS = ["exact", "balanced", "fast", "turbo"]
+SPEEDS = ("exact", "balanced", "fast", "turbo")  # as profiles.Speed, which is not imported for --help
+BACKENDS = ("torch", "aoti", "onnx", "tensorrt")  # as profiles.BackendName, likewise
+BACKEND_HELP = "What runs the steps: torch, or an engine exported for another.  [default: the profile's]"
 PROFILE_HELP = "Profile, .toml file, or auto: by the card.  [default: bf16-80gb on CUDA, else cpu]"
 DEBUG_HELP = "Show tracebacks and the libraries' logs."
 

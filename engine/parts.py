@@ -5,42 +5,38 @@ Quantised layers are stored as they are multiplied (quant/schemes.py), so loadin
 
 import hashlib
 import importlib.metadata
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 
 from step1x.engine import layouts, store
-from step1x.engine.checkpoint import Checkpoint, read_json
-from step1x.engine.connector import ConnectorConfig
-from step1x.engine.dit import DiT, DiTConfig, is_modulation
+from step1x.engine.checkpoint import Checkpoint
+from step1x.engine.dit import DiT, is_modulation, is_of_block
+from step1x.engine.engine_config import CONFIG, EngineConfig
 from step1x.engine.errors import InputError
-from step1x.engine.hollow import ModelSizes
-from step1x.engine.qwen import compute_frequencies, hollow_model, parse_config
+from step1x.engine.qwen import compute_frequencies, hollow_model
 from step1x.engine.residency import RESIDENT, dit_at_host, text_at_host
 from step1x.engine.store import PROCESSOR, TENSORS, Manifest
 from step1x.engine.text import Conditioner, load_processor
-from step1x.engine.vae import VAE, VAEConfig
-from step1x.engine.variants import Variant, variant
+from step1x.engine.vae import VAE
 from step1x.engine.weights import Components, build, shapes
 from step1x.kernels.launch import capability
 from step1x.profiles import Profile, Residency
 from step1x.quant.linear import swap
 
 if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+    from transformers import Qwen2_5_VLModel
 
 Network = Literal["dit", "text", "vae"]
 NETWORKS: tuple[Network, ...] = get_args(Network)
-CONFIG, PROFILE, PLAN = "config.json", "profile.json", "plan.json"
+PROFILE, PLAN = "profile.json", "plan.json"
 FORMAT = 1  # of engine folders
 # Modules that decide what is stored. Who changes them between two releases gets new engines.
-PROGRAMS = ("build", "checkpoint", "dit", "layouts", "parts", "qwen", "store", "vae", "weights")
+PROGRAMS = ("build", "checkpoint", "dit", "engine_config", "layouts", "parts", "qwen", "store", "vae", "weights")
 
 
 class Part(NamedTuple):
@@ -62,50 +58,6 @@ PARTS = (
     Part("folded", "dit", is_modulation),
     Part("dit", "dit", lambda key: not is_modulation(key)),
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """All that must be known to build an engine's modules: sizes of the networks, and the preset with its overrides."""
-
-    preset: str
-    overrides: Mapping[str, Any]
-    dit: DiTConfig
-    vae: VAEConfig
-    text: Mapping[str, Any]  # config.json of the text model
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """From a file with `as_json`."""
-        values = read_json(path)
-        dit, vae = dict(values["dit"]), dict(values["vae"])
-        dit |= {"connector": ConnectorConfig(**dit["connector"]), "rope_axes": tuple(dit["rope_axes"])}
-        vae["channels"] = tuple(vae["channels"])
-        return cls(**{**values, "dit": DiTConfig(**dit), "vae": VAEConfig(**vae)})
-
-    def variant(self, name: str | None = None) -> Variant:
-        """The preset to run with. Raises InputError if `name` is unknown or of another version than the weights."""
-        own = variant(self.preset)
-        try:
-            row = variant(name or self.preset)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        if row.version != own.version:
-            raise InputError(f"preset {row.name} is for {row.version}, the engine's weights are {own.version}")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in self.overrides.items()}
-        return row.override(values)
-
-    def sizes(self, name: str) -> ModelSizes:
-        """What the planner must know."""
-        text = {part: dict(self.text[part]) for part in ("text_config", "vision_config") if part in self.text}
-        return ModelSizes(name=name, variant=self.variant(), dit=self.dit, vae=self.vae, qwen=json.dumps(text))
-
-    def qwen(self, path: Path) -> "Qwen2_5_VLConfig":
-        """The text model's config, which was read from `path`."""
-        return parse_config(dict(self.text), path)
 
 
 class Networks(NamedTuple):
@@ -172,10 +124,12 @@ def load_engine_folder(
     variant: str | None = None,
     fix_quotes: bool = False,
     residency: Residency = RESIDENT,
+    hollow: bool = False,
 ) -> Components:
     """Loads an engine: the tensors that quantising the model in memory gives, bit by bit, and none is computed.
 
-    As `weights.load`; what does not stay on the device by `residency` is loaded to host memory.
+    As `weights.load`; what does not stay on the device by `residency` is loaded to host memory. hollow: the blocks of
+    the transformer have no weights but those of modulations.
     Raises InputError with one line if others may write to the folder, a file is missing or damaged (`store.opened`),
     or it was made by other versions or for another GPU.
     """
@@ -193,7 +147,10 @@ def load_engine_folder(
     for network in NETWORKS:
         module = found.of(network)
         checkpoint = Checkpoint([path / part.file for part in PARTS if part.network == network])
-        build(module, layouts.from_official(shapes(module)), checkpoint, device, None, at_host=at_host[network])
+        targets = layouts.from_official(shapes(module))
+        left = [target.key for target in targets if hollow and network == "dit" and is_of_block(target.key)]
+        wanted = [target for target in targets if target.key not in left]
+        build(module, wanted, checkpoint, device, None, left, at_host[network])
     compute_frequencies(found.text, device)
     tools = load_processor(path / PROCESSOR, config.qwen(path / CONFIG), path)
     conditioner = Conditioner(found.text.eval().requires_grad_(False), *tools, row, fix_quotes=fix_quotes)

@@ -2,20 +2,15 @@
 
 import gc
 import logging
-import math
-import secrets
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from step1x.engine import image as pictures
-from step1x.engine.algebra import OFF, ON, Algebra
-from step1x.engine.build import find, find_or_build
 from step1x.engine.calibration import (
     Constants,
     Setting,
@@ -28,37 +23,42 @@ from step1x.engine.calibration import (
 from step1x.engine.denoise import Guidance, Loop, branches, denoise
 from step1x.engine.embeddings import CachedConditioner, EmbeddingCache
 from step1x.engine.errors import InputError
-from step1x.engine.executor import DEFAULT, Execution, prepared, stepper
+from step1x.engine.executor import DEFAULT, Execution, is_hollow, prepared, stepper
 from step1x.engine.health import first_lost, is_flat
 from step1x.engine.image import Canvas
-from step1x.engine.mask import open_mask, pasted
-from step1x.engine.parts import load_engine_folder, load_profile_of
-from step1x.engine.picture import Picture, Source, open_picture, save_picture
-from step1x.engine.pixels import attach_alpha
-from step1x.engine.policy import Dense, Policy
-from step1x.engine.presets import SPEEDS, Speed, masked, presets
+from step1x.engine.loading import LOADING, components_for, home_of, wanted_profile
+from step1x.engine.mask import open_mask
+from step1x.engine.picture import Picture, Source, open_picture
+from step1x.engine.policy import Dense
+from step1x.engine.presets import masked, presets
 from step1x.engine.progress import Progress
+from step1x.engine.request import (
+    Defaults,
+    Edit,
+    Noise,
+    Options,
+    Posterior,
+    Request,
+    Sampled,
+    canvas_of,
+    checked_seed,
+    chosen,
+)
 from step1x.engine.residency import RESIDENT, Home, limit
 from step1x.engine.schedule import timesteps
 from step1x.engine.selection import token_mask
 from step1x.engine.skipping import Done, Skipping, by_mask, by_similarity, skip, watched
-from step1x.engine.store import MANIFEST
 from step1x.engine.timing import OnStep, Recorder
 from step1x.engine.variants import NEGATIVE_T2I
-from step1x.engine.weights import Components, load
-from step1x.profiles import Profile, Residency, default_profile, load_profile, profile_for
+from step1x.engine.weights import Components
+from step1x.profiles import Residency
 from step1x.quant.linear import dynamic, exactly
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-
     from step1x.engine.text import Conditioner, Conditioning
 
 log = logging.getLogger(__name__)
 
-Posterior = Literal["sample", "mean"]
-MAX_SEED = 2**63 - 1
 # What is done, in this order, when GPU memory runs out: what costs least time first, nothing that changes the result
 # by more than rounding.
 EASINGS = (
@@ -69,108 +69,6 @@ EASINGS = (
     "blocks streamed",
 )
 STREAMED = 24  # of the transformer's 57 blocks, when nothing else helped: 6.5 of its 17.3 GB in bfloat16
-Chosen = TypeVar("Chosen")
-SETTINGS = ("device", "dtype", *Execution.__dataclass_fields__)  # of a profile, that Engine.load takes one by one
-# Keywords of Engine.load:
-LOADING = ("profile", "variant", "fix_quotes", "cache", "calibration", "say", "progress", *SETTINGS)
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """A finished edit: the picture (RGB, or RGBA where the source had transparency) and how it came about."""
-
-    image: "Image"
-    seed: int
-    timings: dict[str, float]  # seconds per stage of timing.STAGES; "save" is there once it was saved
-    steps: list[float]  # seconds per denoise step
-    metadata: dict[
-        str, str | int | float
-    ]  # instruction, seed, steps, guidance, size, model, digest, and what went wrong
-
-    def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = True) -> None:
-        """Write PNG, JPEG or WebP, whole or not at all; a PNG carries `metadata`. Raises InputError."""
-        start = time.perf_counter()
-        save_picture(self.image, path, self.metadata if metadata else {}, overwrite=overwrite)
-        self.timings["save"] = time.perf_counter() - start
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """How to sample; None leaves the choice to the model's variant."""
-
-    negative_prompt: str = ""
-    steps: int | None = None
-    guidance: float | None = None  # 1 or below: none, and only one forward a step
-    size: int | None = None  # level: the edit is computed at about size x size pixels in the source's aspect
-    strength: float | None = None  # img2img: start from the noised source instead of pure noise
-    posterior: Posterior = "sample"
-    branches: Literal["batched", "sequential"] | None = None  # the two forwards of guidance
-    exact_algebra: Algebra | bool = True  # rewrites that change rounding only
-    speed: Speed | None = None  # how much is left out (presets.py); None: as the profile says
-    mask: Source | None = None  # of the picture's size: only what it marks, bright or opaque, changes
-    policy: Policy | None = None  # instead of `speed`: what each step leaves out (policy.py)
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps must be at least 1, got {self.steps}")
-        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise InputError(f"guidance must be a finite number of at least 0, got {self.guidance}")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise InputError(f"strength must be above 0 and at most 1, got {self.strength}")
-        if self.posterior not in ("sample", "mean"):
-            raise InputError(f"posterior must be 'sample' or 'mean', got {self.posterior!r}")
-        if self.branches not in (None, "batched", "sequential"):
-            raise InputError(f"branches must be 'batched' or 'sequential', got {self.branches!r}")
-        if self.speed not in (None, *SPEEDS):
-            raise InputError(f"speed must be one of {', '.join(SPEEDS)}, got {self.speed!r}")
-        if self.policy is not None and self.speed is not None:
-            raise InputError("speed and policy are two ways to say one thing; give one")
-        if not isinstance(self.exact_algebra, Algebra | bool):
-            raise InputError(f"exact_algebra must be True, False or an Algebra, got {self.exact_algebra!r}")
-
-    @property
-    def algebra(self) -> Algebra:
-        if isinstance(self.exact_algebra, bool):
-            return ON if self.exact_algebra else OFF
-        return self.exact_algebra
-
-
-@dataclass(frozen=True, slots=True)
-class Noise:
-    """Everything random about one edit, drawn on the CPU from its seed, so that devices agree (§5.2).
-
-    The posterior's noise is drawn first, then the latents', as the diffusers pipelines do.
-    """
-
-    posterior: Tensor  # (1, 16, rows, columns) float32
-    latents: Tensor
-
-    @classmethod
-    def draw(cls, seed: int, canvas: Canvas, channels: int) -> Self:
-        generator = torch.Generator().manual_seed(seed)
-        shape = (1, channels, *canvas.latent_size)
-        return cls(*(torch.randn(shape, generator=generator) for _ in range(2)))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What is to be made in one batch; `opened` None is text to image."""
-
-    opened: Sequence[Picture] | None
-    instructions: list[str]
-    seeds: list[int]
-    canvas: Canvas
-    recorder: Recorder
-    on_step: OnStep | None
-    marked: "list[np.ndarray] | None" = None  # of each picture, what may change (mask.py)
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """Pictures (batch, 3, height, width), nominally in [-1, 1], and what metadata say of how they came about."""
-
-    pixels: Tensor
-    notes: dict[str, str | int | float] = field(default_factory=dict)
 
 
 class Engine:
@@ -182,14 +80,14 @@ class Engine:
         execution: Execution = DEFAULT,
         cache: EmbeddingCache | None = None,
         residency: Residency = RESIDENT,
-        skipping: tuple[Speed, bool] = ("exact", False),
+        defaults: Defaults | None = None,
         constants: Constants | None = None,
         say: Callable[[str], None] = log.info,
     ) -> None:
         """cache: of embeddings (engine/embeddings.py). residency: of the weights (engine/residency.py).
 
-        skipping: how much is left out by default, and whether keys and values are kept in 8 bits for it. constants:
-        what speeds plan by (engine/calibration.py); None: those published. say: told if they are for another setting.
+        defaults: how an edit is made whose options do not say. constants: what speeds plan by (engine/calibration.py);
+        None: those published. say: told if they are for another setting.
         """
         self.variant = components.variant
         self.dit = components.dit
@@ -201,11 +99,12 @@ class Engine:
         self.digest = components.digest
         self._home = Home(components, residency, components.dit.device)
         self._execution = execution
-        self._speed, self._keeps_8_bits = skipping
+        self._defaults = defaults or Defaults()
         norms, self._fitted_to = constants or published(self.variant)
         self._presets, self._masked = presets(norms), masked(norms)
         self._say: Callable[[str], None] | None = say  # None: what is to be said was
         self._runner = prepared(components, execution)
+        self._exported = components.exported is not None
         self._coarse = bool(execution.fp8_attention or execution.attention == "fp8" or dynamic(components.dit))
 
     @classmethod
@@ -233,36 +132,27 @@ class Engine:
         of embeddings; True is the user's own, on disk (engine/embeddings.py). calibration: what speeds other than exact
         plan by, a file of `step1x-engine calibrate` (default: calibration.json of the model's folder, if it is for the
         variant's guidance rule, else what is published); `say` is told, once, of an edit that it was not fitted to.
-        settings: what differs from the profile, of device, dtype (a torch one) and the fields of `Execution`.
+        settings: what differs from the profile, of device, dtype (a torch one) and the fields of `Execution`; and
+        trust_engine, True to run what was exported to a folder outside the user's cache (engine/backends.py).
         Raises InputError for anything wrong with the arguments or the files.
         """
+        trusted = settings.pop("trust_engine", False) is True
         found = calibration_of(model, calibration)  # before the weights: a bad file is told at once
-        built = Path(model) if model is not None and (Path(model) / MANIFEST).is_file() else None
-        wanted = wanted_profile(profile, settings, built)
-        home = checked_device(wanted.device)
-        residency = wanted.residency if home.type != "cpu" else RESIDENT  # there is no other place
+        wanted = wanted_profile(profile, settings, model)
+        home, residency = home_of(wanted)
         limit(wanted.budget_gb, home)
-        if built is None:
-            quantises = wanted.quantises
-            built = find_or_build(model, wanted, say=say, progress=progress) if quantises else find(model, wanted)
-        if built is not None:
-            components = load_engine_folder(
-                built, device=home, variant=variant, fix_quotes=fix_quotes, residency=residency
-            )
-        else:
-            components = load(
-                model,
-                device=home,
-                dtype=getattr(torch, wanted.dtype),
-                vae_dtype=getattr(torch, wanted.vae_dtype),
-                variant=variant,
-                fix_quotes=fix_quotes,
-                residency=residency,
-            )
+        components = components_for(
+            model,
+            wanted,
+            variant=variant,
+            fix_quotes=fix_quotes,
+            say=say,
+            progress=progress,
+            trust_engine=trusted,
+        )
         kept = (EmbeddingCache() if cache else None) if isinstance(cache, bool) else cache
-        skipping = (wanted.speed, wanted.kv_dtype == "float8")
         constants = constants_for(components.variant, found, calibration)
-        return cls(components, Execution.of(wanted), kept, residency, skipping, constants, say)
+        return cls(components, Execution.of(wanted), kept, residency, Defaults.of(wanted), constants, say)
 
     @property
     def device(self) -> torch.device:
@@ -281,8 +171,8 @@ class Engine:
         """Change a picture as the instruction says.
 
         source: a path, the bytes of a file, a binary stream or a PIL image. Keyword options are the fields of
-        `Options`: negative_prompt, steps, guidance, size, strength, posterior, branches, exact_algebra. seed None
-        draws a fresh one.
+        `Options`: negative_prompt, steps, guidance, size, strength, posterior, branches, exact_algebra, speed, mask,
+        policy. seed None draws a fresh one.
         on_step(step, steps) is called after each denoise step, on_stage(name) as each stage begins.
         The result has the source's size. Raises InputError for bad input.
         """
@@ -330,7 +220,8 @@ class Engine:
         )
         made = self._fitted(request, wanted)
         with recorder.stage("postprocess"):
-            images = [self._finished(pixels, request, index) for index, pixels in enumerate(made.pixels)]
+            truncate = self.variant.truncate_output
+            images = [request.finished(index, pixels, truncate) for index, pixels in enumerate(made.pixels)]
         facts = [self._metadata(words, seed, wanted) for words, seed in zip(instructions, drawn, strict=True)]
         return [
             Edit(image, seed, recorder.seconds, recorder.steps, fact | made.notes)
@@ -397,12 +288,7 @@ class Engine:
         return Edit(image, drawn, recorder.seconds, recorder.steps, self._metadata(prompt, drawn, wanted) | made.notes)
 
     def _canvas(self, opened: Sequence[Picture], size: int | None) -> Canvas:
-        level = self.variant.size if size is None else size
-        canvases = {Canvas(*pictures.fit(*picture.rgb.size, level)) for picture in opened}
-        if len(canvases) > 1:
-            sizes = ", ".join(sorted(f"{canvas.width}x{canvas.height}" for canvas in canvases))
-            raise InputError(f"pictures of one batch must come out at one size, these at {sizes}")
-        return canvases.pop()
+        return canvas_of(opened, self.variant.size if size is None else size)
 
     def _fitted(self, request: Request, options: Options) -> Sampled:
         """`_sample`, and again by each of EASINGS that is left, until it fits GPU memory; metadata names those taken.
@@ -443,12 +329,13 @@ class Engine:
                 if self._home.is_resident(part):
                     self._home.keep(part, "evict")
             return options
-        if name == "keys and values in 8 bits" and not self._keeps_8_bits and self._skipping(request, options):
-            self._keeps_8_bits = True
+        wide = not self._defaults.eight_bit_keys
+        if name == "keys and values in 8 bits" and wide and self._skipping(request, options):
+            self._defaults = replace(self._defaults, eight_bit_keys=True)
             return options
-        if name == "guidance one by one" and options.branches != "sequential":
+        if name == "guidance one by one" and self._batches(options):
             return replace(options, branches="sequential")
-        if name == "blocks streamed" and not self._home.streams_dit:
+        if name == "blocks streamed" and not (self._home.streams_dit or self._exported):
             self._home.stream_dit(STREAMED)
             self._runner = stepper(self.dit, self._execution)
             return options
@@ -469,10 +356,12 @@ class Engine:
         first, steps = lost or 0, len(trail)
         if skipping is not None:
             first = 0  # what was kept of earlier steps may be lost as well
+        why = "a picture of one colour" if lost is None else "a number out of range"
+        if is_hollow(self.dit):
+            raise InputError(f"8-bit arithmetic made {why}, and this engine has no other; use --backend torch")
         with exactly(self.dit):
             again = (trail[first - 1] if first else state[0], state[1])
             made = self._run(request, loop.exactly(self.dit, first), again)
-        why = "a picture of one colour" if lost is None else "a number out of range"
         return replace(made, notes={"rerun": f"steps {first + 1} to {steps} without 8-bit arithmetic: it made {why}"})
 
     def _prepare(self, request: Request, options: Options) -> tuple[Loop, tuple[Tensor, Tensor | None]]:
@@ -493,16 +382,22 @@ class Engine:
             if options.strength is not None and latents is not None:
                 state = schedule[0].item() * state + (1 - schedule[0].item()) * latents
             ids = pictures.image_ids(canvas.grid, None if latents is None else self.variant.reference_ids)
-            batched = self.variant.batched_guidance if options.branches is None else options.branches == "batched"
+            if self._exported and not (options.algebra.fuse and options.algebra.prune):
+                raise InputError("exported engines have the exact algebra built in; use --backend torch without it")
             runner = self._runner if options.algebra.fuse else None
-            forwards = branches(self.dit, groups, ids, batched, options.algebra, runner)
+            forwards = branches(self.dit, groups, ids, self._batches(options), options.algebra, runner)
             guidance = Guidance(scale, self.variant.rescale_above) if guided else None
             loop = Loop(forwards, schedule, guidance, self.variant, options.algebra)
         return loop, (pictures.pack(state), None if latents is None else pictures.pack(latents))
 
+    def _batches(self, options: Options) -> bool:
+        """Whether both forwards of guidance run at once."""
+        wanted = options.branches or self._defaults.branches
+        return self.variant.batched_guidance if wanted is None else wanted == "batched"
+
     def _skipping(self, request: Request, options: Options) -> Skipping | None:
         """What a request leaves out; None: nothing. Raises InputError where that needs the fused operations."""
-        speed = options.speed or self._speed
+        speed = options.speed or self._defaults.speed
         policy = options.policy or (self._presets if request.marked is None else self._masked)[speed]
         if isinstance(policy, Dense):
             return None
@@ -515,7 +410,7 @@ class Engine:
         if request.marked is not None:
             masks = [token_mask(torch.from_numpy(one)[None], grid) for one in request.marked]
             select = by_mask(torch.cat(masks), grid)
-        return Skipping(policy=policy, select=select, eight_bit=self._keeps_8_bits)
+        return Skipping(policy=policy, select=select, eight_bit=self._defaults.eight_bit_keys)
 
     def _compare(self, options: Options) -> None:
         """Says, once, if the constants that speeds plan by were fitted to another setting than this edit's."""
@@ -586,95 +481,9 @@ class Engine:
             latents = self.vae.encode(pixels.to(self.device), drawn, clamp_logvar=self.variant.clamp_logvar)
         return latents.to(self.dit.dtype)
 
-    def _finished(self, pixels: Tensor, request: Request, index: int) -> "Image":
-        """The edited picture at the source's size, with its transparency, and its pixels outside a mask."""
-        from PIL.Image import Resampling
-
-        assert request.opened is not None
-        source = request.opened[index]
-        image = pictures.to_image(pixels, self.variant.truncate_output)
-        if image.size != source.rgb.size:
-            image = image.resize(source.rgb.size, Resampling.BICUBIC)
-        if request.marked is not None:
-            image = pasted(image, source.rgb, request.marked[index])
-        return image if source.alpha is None else attach_alpha(image, source.alpha)
-
     def _metadata(self, instruction: str, seed: int, options: Options) -> dict[str, str | int | float]:
-        variant = self.variant
-        facts: dict[str, str | int | float] = {
-            "instruction": instruction,
-            "negative_prompt": options.negative_prompt,
-            "seed": seed,
-            "steps": variant.steps if options.steps is None else options.steps,
-            "guidance": variant.guidance if options.guidance is None else options.guidance,
-            "size": variant.size if options.size is None else options.size,
-            "model": self.name,
-            "model_digest": self.digest,
-            "variant": variant.name,
-        }
-        return facts if options.strength is None else {**facts, "strength": options.strength}
-
-
-def chosen(kind: type[Chosen], options: dict[str, object]) -> Chosen:
-    """Keyword options as a dataclass. Raises InputError for a name that is none of its fields."""
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    if unknown := sorted(set(options) - set(known)):
-        raise InputError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
-    return kind(**options)
-
-
-def checked_seed(seed: int | None) -> int:
-    """`seed`, or a fresh 32-bit one for None. Raises InputError outside 0..2^63-1."""
-    if seed is None:
-        return secrets.randbits(32)
-    if not 0 <= seed <= MAX_SEED:
-        raise InputError(f"seed must be between 0 and {MAX_SEED}, got {seed}")
-    return seed
-
-
-def wanted_profile(name: str | Path | None, settings: Mapping[str, object], built: Path | None = None) -> Profile:
-    """The profile with what differs from it; None and the device "auto" leave it as it is. Raises InputError.
-
-    built: an engine, whose profile is the default.
-    """
-    if unknown := sorted(set(settings) - set(SETTINGS)):
-        raise InputError(f"unknown option {', '.join(unknown)}; known: {', '.join(LOADING)}")
-    given = {key: value for key, value in settings.items() if value is not None and (key, value) != ("device", "auto")}
-    dtype = given.pop("dtype", None)
-    if dtype is not None:
-        given |= dict.fromkeys(("dtype", "vae_dtype"), str(dtype).removeprefix("torch."))
-    try:
-        if built is not None and name is None:
-            found = load_profile_of(built)
-        else:
-            found = load_profile(name_of(name) if name is None or name == "auto" else name)
-        place = str(given.get("device", found.device))
-        if place == "auto":
-            given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        return found.changed(given)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def name_of(wanted: str | Path | None) -> str:
-    """The profile that "auto" stands for on this machine, or the default one."""
-    if not torch.cuda.is_available():
-        return default_profile(cuda=False)
-    if wanted is None:
-        return default_profile(cuda=True)
-    card = torch.cuda.get_device_properties(0)
-    return profile_for(card.total_memory / 1e9, card.major + card.minor / 10)
-
-
-def checked_device(name: str) -> torch.device:
-    """The device of that name. Raises InputError if this machine has none such."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"device {name!r} cannot be used here: {reason}") from error
-    return device
+        model: dict[str, str | int | float] = {"model": self.name, "model_digest": self.digest}
+        return {"instruction": instruction, "seed": seed, **options.facts(self.variant), **model}
 
 
 def edit(source: Source, instruction: str, *, model: str | Path | None = None, **options: Any) -> Edit:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from step1x.engine.errors import InputError
 from step1x.engine.options import EXIT_CODES, SPEEDS, debug_option
 
 if TYPE_CHECKING:
@@ -48,15 +47,16 @@ def plan(
     Bytes of each phase against the profile's budget, from the headers of the model's files alone. GB are 1e9 bytes.
     A plan over its budget is an error, after it has been printed.
     """
-    from step1x.engine.hollow import model_sizes
+    from step1x.engine.engine_config import model_sizes
     from step1x.engine.image import Canvas, fit
+    from step1x.engine.named_profile import AUTO, named_profile
     from step1x.engine.planner import SIZES, check
     from step1x.engine.planner import plan as made
     from step1x.profiles import profile_names
 
     if every and (profile or size):
         raise click.UsageError("--all is for all profiles and sizes; leave out --profile and --size")
-    profiles = [_profile(name) for name in (profile_names() if every else [profile])]
+    profiles = [named_profile(name) for name in (profile_names() if every else [profile or AUTO])]
     if speed is not None:
         profiles = [one.changed({"speed": speed}) for one in profiles]
     shapes = model_sizes(model)
@@ -79,35 +79,14 @@ def plan(
 @debug_option
 def profiles(name: str | None) -> None:
     """List the profiles, or explain the profile NAME (or a .toml file)."""
-    from step1x.profiles import load_profile, profile_names
+    from step1x.engine.named_profile import named_profile
+    from step1x.profiles import profile_names
 
     if name is not None:
-        click.echo("\n".join(_explained(_profile(name))))
+        click.echo("\n".join(_explained(named_profile(name))))
         return
-    for one in map(load_profile, profile_names()):
+    for one in map(named_profile, profile_names()):
         click.echo(f"{one.name:10}  {_budget(one):21}  {_precision(one):16}  {one.description}")
-
-
-def _profile(name: str | None) -> "Profile":
-    """A profile by name or file, or the one for this machine."""
-    from step1x.profiles import load_profile
-
-    try:
-        return load_profile(_for_this_machine() if name in (None, "auto") else str(name))
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def _for_this_machine() -> str:
-    """The profile for the first GPU, or for none."""
-    import torch
-
-    from step1x.profiles import default_profile, profile_for
-
-    if not torch.cuda.is_available():
-        return default_profile(cuda=False)
-    found = torch.cuda.get_device_properties(0)
-    return profile_for(found.total_memory / GB, float(f"{found.major}.{found.minor}"))
 
 
 def _table(plan: "Plan") -> str:

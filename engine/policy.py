@@ -260,15 +260,13 @@ class Decay(Policy):
 
     norms: a table of the release, or a curve fitted to a model. threshold: how far the norm may fall. warmup: the
     last of the first steps that compute; post: how many last steps compute; None: as the release, scaled to the number
-    of steps. product: a skip scales by all ratios since the last computed step, as the criterion does and the paper
-    has it, and not by its own alone, as the release. Raises InputError for negative values.
+    of steps. A skip scales by its own ratio alone, as the release does. Raises InputError for negative values.
     """
 
     norms: Norms = field(default_factory=lambda: Gammas(GAMMAS_V11))
     threshold: float = DECAY_THRESHOLD
     warmup: int | None = None
     post: int | None = None
-    product: bool = False
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -284,7 +282,7 @@ class Decay(Policy):
             since = ratios[past.computed : step]
             if step <= warmup or step >= steps - post or not decayed(since, self.threshold):
                 return Permit(skip=False)
-            return Permit(skip=True, scale=math.prod(since) if self.product else since[-1])
+            return Permit(skip=True, scale=since[-1])
 
         return permit
 
@@ -329,15 +327,13 @@ class Region(Policy):
     """RegionE's stages (§1.1, §1.4, §6.3): between warm-up and post steps only edited tokens are evaluated.
 
     The last step of the warm-up tells them apart; at a refresh all tokens are evaluated again. None: as the release,
-    scaled to the number of steps, as far as they have room; then short schedules have no such stretch. skip_warmup:
-    other policies may skip in the warm-up too (§2.3: faster, and 1.9 dB worse). Raises InputError, when it plans, for
-    given values that leave no legal plan.
+    scaled to the number of steps, as far as they have room; then short schedules have no such stretch. Raises
+    InputError, when it plans, for given values that leave no legal plan.
     """
 
     warmup: int | None = None
     post: int | None = None
     refreshes: tuple[int, ...] | None = None
-    skip_warmup: bool = False
 
     def stages(self, steps: int) -> Stages:
         """The stages of so many steps. Raises InputError as `Stages`."""
@@ -356,8 +352,7 @@ class Region(Policy):
         def permit(step: int, past: Past) -> Permit:
             if step in whole:
                 return WHOLE
-            early = step < stages.warmup and self.skip_warmup
-            skip = None if early or not stages.computed(step) else False
+            skip = False if stages.computed(step) else None
             if stages.full(step):
                 return Permit(skip=skip, unedited=False)
             return Permit(skip=skip, reference=True, unedited=True)

@@ -1,12 +1,12 @@
 """What --speed stands for: policies, each held to a distance from the dense result (docs/skipping.md)."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 from step1x.engine.norms import Gammas, Norms
 from step1x.engine.plan import DECAY_THRESHOLD, GAMMAS_V11
 from step1x.engine.policy import CfgReuse, Decay, Dense, Policy, RefFreeze, Region, Together, regione
+from step1x.profiles import Speed
 
-Speed = Literal["exact", "balanced", "fast", "turbo"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 TURBO_THRESHOLD = 0.06  # of the velocity decay: three times the release's
 # Where a mask says which tokens move, nothing must be told apart, refreshed or smoothed: other pixels are the source's.

@@ -276,6 +276,25 @@ class Draft:
             raise
         self._note()
 
+    def adopt(self, name: str, source: Path, file: File) -> bool:
+        """Makes a file of another engine one of this, without copying; False: it cannot be on this disk, or is gone."""
+        path = self._folder / name
+        try:
+            path.hardlink_to(source)
+        except OSError:
+            return False
+        if path.stat().st_size != file.size:
+            path.unlink()
+            return False
+        self._finished[name] = file
+        self._note()
+        return True
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are that are finished."""
+        return self._folder
+
     def _note(self) -> None:
         content = Manifest(self._facts, self._finished).text()
         path = self._folder / MANIFEST

@@ -42,14 +42,15 @@ def affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     The strips' moments are merged as in Chan, Golub and LeVeque (1983), so that no large sums cancel.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    count, mean, squares = 0, torch.zeros((), dtype=wide), torch.zeros((), dtype=wide)
+    count, mean = 0, torch.zeros((), dtype=wide, device=x.device)
+    squares = mean
     for first, end in spans(x.shape[2]):
         part = x[:, :, first:end].to(wide).unflatten(1, (norm.num_groups, -1)).flatten(2)
         added = part.shape[2]
         variance, middle = torch.var_mean(part, dim=2, correction=0)  # (batch, groups)
-        difference = middle - mean.to(x.device)
-        mean = mean.to(x.device) + difference * (added / (count + added))
-        squares = squares.to(x.device) + variance * added + difference.square() * (count * added / (count + added))
+        difference = middle - mean
+        mean = mean + difference * (added / (count + added))
+        squares = squares + variance * added + difference.square() * (count * added / (count + added))
         count += added
     inverse = torch.rsqrt(squares / count + norm.eps)
     repeats = norm.num_channels // norm.num_groups

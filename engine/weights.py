@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from step1x.engine import layouts, sizes
+from step1x.engine.backends import Exported
 from step1x.engine.checkpoint import Checkpoint, digest, tensor_files
 from step1x.engine.dit import DiT
 from step1x.engine.errors import InputError
@@ -42,6 +43,7 @@ class Components:
     digest: str  # of the files' names, sizes, headers and samples of their data
     text_digest: Callable[[], str] | None = None  # of the text model's files, with tokenizer and settings
     compiled: Path | None = None  # where an engine keeps compiled code
+    exported: Exported | None = None  # what runs the steps instead of the transformer's blocks (backends.py)
 
 
 def load(

@@ -8,9 +8,12 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 __all__ = [
+    "BackendName",
+    "Branches",
     "Profile",
     "Residency",
     "Scheme",
+    "Speed",
     "Weights",
     "default_profile",
     "load_profile",
@@ -25,8 +28,10 @@ MAX_BYTES = 1 << 16  # a profile is a page; more is some other file
 # How weights are kept and multiplied (quant/schemes.py): in the profile's dtype, or quantised by a scheme.
 Scheme = Literal["plain", "fp8", "fp8-weight", "int8", "int8-weight", "int4-weight", "nvfp4"]
 
-
 Dtype = Literal["float32", "bfloat16", "float64"]  # float64: to prove something by
+BackendName = Literal["torch", "aoti", "onnx", "tensorrt"]  # who computes the steps (engine/backends.py)
+Branches = Literal["batched", "sequential"]  # the two forwards of guidance: at once, or one after the other
+Speed = Literal["exact", "balanced", "fast", "turbo"]  # how much is left out (engine/presets.py)
 
 
 class _Table(BaseModel):
@@ -77,9 +82,11 @@ class Profile(_Table):
     kernels: Literal["auto", "on", "off"] = "auto"  # our own on a GPU: those measured to be faster, all, none
     attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
     fp8_attention: tuple[float, float] | None = None  # shares of the steps between which attention is 8-bit
-    branches: Literal["batched", "sequential"] | None = None  # of guidance; None: the model's own choice
+    branches: Branches | None = None  # None: the model's own choice
     kv_dtype: Literal["bfloat16", "float8"] = "bfloat16"  # of keys and values kept between steps
-    speed: Literal["exact", "balanced", "fast", "turbo"] = "exact"  # how much is left out (engine/presets.py)
+    speed: Speed = "exact"
+    backend: BackendName = "torch"
+    target: str = Field(default="", pattern=r"^(sm_\d{2,3})?$")  # GPU that TensorRT builds for; "": the one at hand
     compiled: bool = False  # compile the blocks when they first run
     strip_pixels: int = Field(default=1 << 21, ge=0)  # larger pictures: autoencoder in strips
 
@@ -94,6 +101,12 @@ class Profile(_Table):
             return self.model_validate({**self.model_dump(), **values})
         except ValidationError as error:
             raise ValueError(f"profile {self.name!r}: {_first(error)}") from error
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> Self:
+        if self.target and self.backend != "tensorrt":
+            raise ValueError(f"target is for backend tensorrt; {self.backend} builds for the machine at hand")
+        return self
 
     @field_validator("fp8_attention", mode="before")
     @classmethod

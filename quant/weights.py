@@ -117,9 +117,7 @@ def _nvfp4(rows: Tensor, global_scale: Tensor) -> dict[str, Tensor]:
     """Code c of a block's weights stands for e2m1(c) * scale * global_scale."""
     blocks = rows.float().unflatten(-1, (-1, BLOCK))
     peak = blocks.abs().amax(-1)
-    scale = (
-        (peak / E2M1[-1] / global_scale).clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
-    )  # 2**-9: the least above 0
+    scale = (peak / E2M1[-1] / global_scale).clamp(E4M3_LEAST, E4M3_MAX).to(torch.float8_e4m3fn)
     scaled = blocks / (scale.float() * global_scale)[..., None]
     size = scaled.abs()
     # E2M1 counts in halves, ones and twos; ties go to the even code, as everywhere in floating point.

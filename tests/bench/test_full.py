@@ -7,7 +7,7 @@ import torch
 
 from step1x.bench import full
 from step1x.bench.counters import photograph
-from step1x.engine.hollow import model_sizes
+from step1x.engine.engine_config import model_sizes
 from step1x.engine.variants import VARIANTS
 from step1x.profiles import load_profile, profile_names
 from step1x.quant.linear import QuantizedLinear

@@ -20,17 +20,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from step1x.engine import Engine, build, config_file, layouts, released, store
+from step1x.engine import Engine, build, config_file, layouts, store
 from step1x.engine.build import find_or_build, find_source
 from step1x.engine.caches import files
 from step1x.engine.checkpoint import Planned, write
 from step1x.engine.dit import DiT
 from step1x.engine.errors import InputError
 from step1x.engine.folder import BUNDLED
-from step1x.engine.parts import EngineConfig, load_engine_folder
-from step1x.engine.qwen import load_tokenizer
+from step1x.engine.parts import load_engine_folder
 from step1x.engine.store import MANIFEST, Manifest, engines_folder
-from step1x.engine.tokens import Tokens
 from step1x.profiles import Profile, Weights, load_profile
 
 CPU = load_profile("cpu")
@@ -140,26 +138,6 @@ def test_random_weights_are_those_of_the_seed(tmp_path: Path) -> None:
     assert loaded.dit.img_in.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert not torch.equal(loaded.dit.img_in.weight[:, 0], loaded.dit.txt_in.weight[:, 0])
     assert Engine(loaded).name == "random-step1x-tiny"
-
-
-def test_a_released_version_needs_no_weights() -> None:
-    for version in released.VERSIONS:
-        source = find_source(version, random=True)
-        row, qwen = source.config.variant(), source.config.qwen(Path("config.json"))
-        assert source.name == f"random-{version}"
-        assert row.version == version
-        assert source.config.dit == released.dit_config(version)
-        assert qwen.text_config.hidden_size == 3584
-        Tokens(load_tokenizer(source.processor), row)  # fits
-    with pytest.raises(InputError, match=r"v1\.1: name the folder .* or give --random-weights"):
-        find_source("v1.1")
-
-
-def test_a_config_is_read_as_it_was_written(tmp_path: Path) -> None:
-    for config in (find_source("v1.2", random=True).config, find_source(None).config):
-        (tmp_path / "config.json").write_bytes(store.canonical(config.as_json()))
-        found = EngineConfig.read(tmp_path / "config.json")
-        assert (found.dit, found.vae, found.variant()) == (config.dit, config.vae, config.variant())
 
 
 def test_the_first_blocks_only(tmp_path: Path) -> None:

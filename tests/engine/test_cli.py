@@ -21,8 +21,8 @@ from step1x.engine.caches import cache_folder
 from step1x.engine.cli import Job, program
 from step1x.engine.errors import InputError
 from step1x.engine.picture import Picture
-from step1x.engine.pipeline import Edit
 from step1x.engine.progress import Progress, terminal
+from step1x.engine.request import Edit
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,9 @@ from torch import nn
 from step1x.engine import parts
 from step1x.engine.build import find_or_build
 from step1x.engine.dit import is_modulation
+from step1x.engine.engine_config import EngineConfig
 from step1x.engine.errors import InputError
-from step1x.engine.parts import PARTS, EngineConfig, architecture, load_engine_folder, networks
+from step1x.engine.parts import PARTS, architecture, load_engine_folder, networks
 from step1x.engine.store import MANIFEST, Manifest
 from step1x.engine.weights import Components, load
 from step1x.profiles import Profile, Residency, Weights, load_profile

@@ -14,26 +14,26 @@ import torch
 from PIL import Image
 
 from step1x.bench.counters import photograph
-from step1x.engine import Edit, Engine, edit
-from step1x.engine.build import find_or_build
+from step1x.engine import Edit, Engine, edit, pipeline
+from step1x.engine.denoise import Loop, denoise
 from step1x.engine.dit import DiT
 from step1x.engine.embeddings import EmbeddingCache
 from step1x.engine.errors import InputError
 from step1x.engine.executor import Execution
 from step1x.engine.pipeline import EASINGS
+from step1x.engine.plan import spelled
 from step1x.engine.policy import RefFreeze
+from step1x.engine.skipping import Done, Skipping, skip
 from step1x.engine.text import Conditioner
 from step1x.engine.timing import STAGES
 from step1x.engine.vae import VAE, VAEConfig
 from step1x.engine.variants import VARIANTS, Variant
 from step1x.engine.weights import Components
-from step1x.kernels.adaln import adaln_op
-from step1x.profiles import load_profile
-from step1x.quant.linear import dynamic
 from step1x.training.edits import coverage, painted, rgb
 from step1x.training.recipe import dit_config
 from step1x.training.tokenizer import count_template_tokens, small_text_model, train_tokenizer
 
+OWN = "description = ''\ndevice = 'cpu'\ndtype = 'float32'\nvae_dtype = 'float32'\n"  # a profile
 PHOTO = Path(__file__).parent.parent.parent / "docs" / "pictures" / "coffee.jpg"
 VAE_CONFIG = VAEConfig(
     in_channels=3, channels=(8, 8, 8, 8), res_blocks=1, z_channels=16, groups=2, scale_factor=0.5, shift_factor=0.1
@@ -194,26 +194,6 @@ def test_an_attention_that_is_not_there() -> None:
             small("official-v1.1", attention=name)
 
 
-def test_a_profile_says_how_to_run(tmp_path: Path) -> None:
-    base = "description = 'x'\ndevice = 'cpu'\ndtype = 'float32'\nvae_dtype = 'float32'\n"
-    for line, message in (("attention = 'flash3'", "'flash3' is not available"), ("kernels = 'some'", "kernels")):
-        (tmp_path / "mine.toml").write_text(base + line)
-        with pytest.raises(InputError, match=message):
-            Engine.load(profile=tmp_path / "mine.toml")
-    (tmp_path / "mine.toml").write_text(base + "strip_pixels = 4096")
-    assert Engine.load(profile=tmp_path / "mine.toml").vae.strip_pixels == 4096
-
-
-def test_kernels_are_chosen_when_loading() -> None:
-    with pytest.raises(InputError, match="kernels: input should be"):
-        Engine.load(device="cpu", kernels="some")
-    with pytest.raises(InputError, match="unknown option colour; known: profile, variant, fix_quotes, cache"):
-        Engine.load(device="cpu", colour="red")
-    for kernels in ("auto", "on", "off"):
-        run = Execution(kernels=kernels).operation(adaln_op, torch.device("cpu"))
-        assert run is (adaln_op.call if kernels == "on" else adaln_op.reference)
-
-
 def test_strength_runs_the_last_steps_only() -> None:
     calls: list[tuple[int, int]] = []
     engine = small("official-v1.1")
@@ -243,26 +223,6 @@ def test_transparency_comes_back() -> None:
     assert result.image.getchannel("A").tobytes() == alpha.tobytes()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"guidance": float("nan")}, "guidance must be a finite number"),
-        ({"guidance": -1.0}, "guidance must be a finite number"),
-        ({"strength": 0.0}, "strength must be above 0"),
-        ({"posterior": "mode"}, "posterior must be"),
-        ({"branches": "both"}, "branches must be"),
-        ({"exact_algebra": "on"}, "exact_algebra must be"),
-        ({"size": 8}, "below 16 pixels"),
-        ({"seed": -1}, "seed must be between"),
-        ({"colour": "red"}, "unknown option colour"),
-    ],
-)
-def test_bad_options_are_one_clear_line(options: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        small("official-v1.1").edit(photo(), "make it darker", **options)
-
-
 def test_bad_batches_are_refused() -> None:
     engine = small("official-v1.1")
     with pytest.raises(InputError, match="as many sources"):
@@ -271,19 +231,11 @@ def test_bad_batches_are_refused() -> None:
         engine.edit_batch([photo(), photo(30, 60)], ["one", "two"])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"profile": "nine-gb"}, "unknown profile 'nine-gb'"),
-        ({"device": "cuda:77"}, "device 'cuda:77' cannot be used here"),
-        ({"variant": "official-v1.0"}, r"v1\.0"),
-        ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
-    ],
-)
-def test_bad_load_arguments_are_one_clear_line(options: dict[str, str], message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        Engine.load(**options)  # type: ignore[arg-type]
-    assert "\n" not in str(error.value)
+def test_bad_options_and_sizes_are_refused() -> None:
+    engine = small("official-v1.1")
+    for options, message in (({"size": 8}, "below 16 pixels"), ({"steps": 0}, "steps"), ({"seed": -1}, "seed must be")):
+        with pytest.raises(InputError, match=message):
+            engine.edit(photo(), "make it darker", **options)
 
 
 def psnr(image: Image.Image, target: np.ndarray) -> float:
@@ -410,26 +362,41 @@ def test_attention_in_8_bits_for_some_of_the_steps() -> None:
     assert difference(results["first"], results["all"]) > 0
 
 
-def test_a_profile_that_quantises_builds_an_engine_once() -> None:
-    said: list[str] = []
-    options: dict[str, Any] = {"profile": "fp8-18gb", "device": "cpu", "cache": False, "say": said.append}
-    plain = Engine.load(device="cpu", cache=False, dtype=torch.bfloat16).edit(photo(), "make it darker", seed=1)
-    built = Engine.load(**options)
-    assert [line for line in said if "building the engine of step1x-tiny for fp8-18gb" in line]
-    said.clear()
-    found = [
-        engine.edit(photo(), "make it darker", seed=1).image.tobytes() for engine in (built, Engine.load(**options))
-    ]
-    assert said == []
-    assert found[0] == found[1] != plain.image.tobytes()
-    assert built.dit.dtype == torch.bfloat16
-    assert "rerun" not in plain.metadata
+def test_a_profile_says_how_edits_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its file sets, and no more; options go before it."""
+    seen: list[tuple[str | None, int, bool]] = []
+
+    def skipped(dit: DiT, loop: Loop, state: Any, skipping: Skipping, *rest: Any) -> Done:
+        done = skip(dit, loop, state, skipping, *rest)
+        seen.append((spelled(done.steps), len(loop.forwards), skipping.eight_bit))
+        return done
+
+    def dense(dit: DiT, loop: Loop, *rest: Any) -> torch.Tensor:
+        seen.append((None, len(loop.forwards), False))
+        return denoise(dit, loop, *rest)
+
+    def run(line: str, **options: object) -> tuple[str | None, int, bool]:
+        (tmp_path / "own.toml").write_text(f"{OWN}{line}")
+        engine = Engine.load(profile=tmp_path / "own.toml", cache=False)
+        engine.edit(photo(), "make it darker", seed=1, steps=8, size=64, guidance=2.0, **options)
+        return seen.pop()
+
+    monkeypatch.setattr(pipeline, "skip", skipped)
+    monkeypatch.setattr(pipeline, "denoise", dense)
+    assert run("") == (None, 2, False)
+    assert run("branches = 'batched'") == (None, 1, False)
+    assert run("branches = 'batched'", branches="sequential") == (None, 2, False)
+    plan = run("", speed="balanced")[0]
+    assert plan is not None
+    assert run("speed = 'balanced'") == (plan, 2, False)
+    assert run("speed = 'balanced'", speed="exact") == (None, 2, False)
+    assert run("speed = 'balanced'\nkv_dtype = 'float8'\nbranches = 'batched'") == (plan, 1, True)
 
 
-def test_an_engine_folder_is_a_model(tmp_path: Path) -> None:
-    """With the profile that it was built for, unless another is named."""
-    profile = load_profile("cpu").changed({"weights": {"dit": "int8"}})
-    folder = find_or_build(None, profile, say=print, into=tmp_path / "engine")
-    engine = Engine.load(folder, cache=False)
-    assert {layer.scheme for layer in dynamic(engine.dit)} == {"int8"}
-    assert engine.edit(photo(), "make it darker", seed=1, size=64).metadata["model"] == "step1x-tiny"
+def test_guidance_that_is_one_by_one_already_is_not_eased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.toml").write_text(f"{OWN}branches = 'sequential'")
+    engine = Engine.load(profile=tmp_path / "own.toml", variant="official-v1.1", cache=False)
+    assert engine.variant.batched_guidance
+    monkeypatch.setattr(engine.vae, "decode", Full(engine.vae.decode, 3))
+    found = engine.edit(photo(), "make it darker", seed=1, guidance=2.0)
+    assert found.metadata["out_of_memory"] == "autoencoder in strips, text model evicted, blocks streamed"

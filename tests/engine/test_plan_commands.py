@@ -61,6 +61,25 @@ def test_json_is_the_plan() -> None:
     assert facts["peak_bytes"] < facts["budget_bytes"] == 18e9
 
 
+def test_speed_brings_keys_and_values() -> None:
+    """Of another speed than exact they are kept: in the table, in the sums, and in the message of what is over."""
+
+    def denoise(*words: str) -> dict[str, int]:
+        _, lines, _ = run("plan", "--model", TINY, "--profile", "fp8-18gb", "--size", "256", *words, "--json")
+        phase = next(one for one in json.loads("\n".join(lines))["phases"] if one["name"] == "denoise")
+        return {item["name"]: item["bytes"] for item in phase["items"]} | {"together": phase["bytes"]}
+
+    exact, fast = denoise(), denoise("--speed", "fast")
+    assert "keys and values" not in exact
+    assert denoise("--speed", "exact") == exact
+    kept = fast.pop("keys and values")
+    assert kept > 0
+    assert fast == exact | {"together": exact["together"] + kept}
+    assert denoise("--speed", "fast", "--batch", "2")["keys and values"] == 2 * kept
+    _, lines, _ = run("plan", "--model", TINY, "--profile", "fp8-18gb", "--size", "256", "--speed", "fast")
+    assert any(line.startswith("kept        keys and values") for line in lines)
+
+
 def test_all_profiles_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["cpu", "fp8-18gb", "int4-12gb"]
     monkeypatch.setattr(planner, "SIZES", (64, 128))
@@ -87,21 +106,6 @@ def test_an_unknown_profile(words: tuple[str, ...]) -> None:
 def test_an_unknown_model() -> None:
     code, _, errors = run("plan", "--model", "v1.3")
     assert (code, errors) == (2, "error: v1.3: no such folder, and not a Hub id (ORG/NAME or ORG/NAME@REVISION)\n")
-
-
-@pytest.mark.parametrize(
-    ("card", "name"),
-    [(None, "cpu"), ((85e9, 9, 0), "bf16-80gb"), ((24e9, 8, 6), "int8-24gb"), ((8e9, 8, 9), "int4-12gb")],
-)
-def test_auto_is_by_the_card(card: tuple[float, int, int] | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    class Properties:
-        total_memory, major, minor = card or (0, 0, 0)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    assert plan_commands._profile("auto").name == plan_commands._profile(None).name == name
 
 
 def test_profiles_one_a_line() -> None:

@@ -1,7 +1,6 @@
 import json
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,10 @@ from step1x.engine import planned_bytes as counted
 from step1x.engine.algebra import ON
 from step1x.engine.counting import Memory
 from step1x.engine.denoise import Runner, branches, folded, velocities
+from step1x.engine.engine_config import model_sizes
 from step1x.engine.errors import InputError
 from step1x.engine.fused import Fused
-from step1x.engine.hollow import ModelSizes, model_sizes
+from step1x.engine.hollow import ModelSizes
 from step1x.engine.image import Canvas, image_ids
 from step1x.engine.planner import CONTEXT_BYTES, PHASES, Phase, Plan, check, plan
 from step1x.profiles import Profile, Residency, load_profile, profile_names
@@ -272,11 +272,6 @@ def test_v12_is_planned_for_its_longest_instruction() -> None:
     found = plan(sizes("v1.2"), load_profile("fp8-24gb"), canvas=Canvas(64, 64))
     assert (found.work.rows, found.work.steps) == (2048, 50)
     assert item(found, "denoise", "folded") > 50 * 2 * 2048 * 3072 * 2
-
-
-def test_sizes_of_a_folder_without_a_text_model(tmp_path: Path, official: Any) -> None:
-    with pytest.raises(InputError, match="no text model here"):
-        model_sizes(official())
 
 
 def test_json_is_plain() -> None:

@@ -166,7 +166,7 @@ def regions(draw: st.DrawFn, steps: int) -> Region:
     warmup = draw(st.integers(1, steps))
     post = draw(st.integers(0, steps - warmup))
     refreshes = tuple(range(warmup + 1, steps - post - 1, draw(st.integers(2, 6))))
-    return Region(warmup=warmup, post=post, refreshes=refreshes, skip_warmup=draw(st.booleans()))
+    return Region(warmup=warmup, post=post, refreshes=refreshes)
 
 
 def policies(steps: int) -> st.SearchStrategy[Policy]:
@@ -365,16 +365,11 @@ def test_norms_that_do_not_fall_are_not_skipped(steps: int) -> None:
     assert "s" not in spell(Decay(norms=Gammas(growing), threshold=0.5, warmup=0, post=0), steps)
 
 
-def test_scale_by_the_last_ratio_or_by_their_product() -> None:
+def test_a_skip_scales_by_its_own_ratio() -> None:
     schedule = levels(28)
     ratios = Gammas(GAMMAS_V11).ratios(schedule)
-    released, product = Decay().plan(schedule, True), Decay(product=True).plan(schedule, True)
-    assert [one.mode for one in released] == [one.mode for one in product]
-    norm = 1.0
-    for step, one in enumerate(product):
-        norm = norm * ratios[step - 1] if one.mode is Mode.SKIP else 1.0
-        assert one.scale == pytest.approx(norm)
-        assert released[step].scale == (ratios[step - 1] if one.mode is Mode.SKIP else 1.0)
+    for step, one in enumerate(Decay().plan(schedule, True)):
+        assert one.scale == (ratios[step - 1] if one.mode is Mode.SKIP else 1.0)
 
 
 def test_prediction_goes_before_plain_reuse() -> None:
@@ -488,12 +483,9 @@ def test_settings_that_contradict_the_schedule_are_refused(policy: Policy, steps
         together(Dense(), policy).plan(levels(steps), True)
 
 
-def test_warmup_is_skipped_only_if_asked_to() -> None:
-    mask = StepMask(mask="1010" + "1" * 24)
-    assert spell(together(Region(), mask))[:8] == "FFFFFFRR"
-    assert spell(together(Region(skip_warmup=True), mask))[:8] == "FsFsFFRR"
-    last = StepMask(mask="11111" + "0" * 23)  # the partition itself and the first region step are computed anyway
-    assert spell(together(Region(skip_warmup=True), last))[:8] == "FFFFFFRs"
+def test_warmup_and_the_first_region_step_are_computed() -> None:
+    assert spell(together(Region(), StepMask(mask="1010" + "1" * 24)))[:8] == "FFFFFFRR"
+    assert spell(together(Region(), StepMask(mask="1" + "0" * 27)))[:8] == "FFFFFFRs"
 
 
 def test_step_at_which_unedited_tokens_come_back_is_computed() -> None:
