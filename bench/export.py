@@ -1,8 +1,9 @@
-"""Cold start of a step: seconds from a fresh process to its first finished step, compiled ahead of time or when run.
+"""Exported engines beside PyTorch: seconds from a fresh process to its first finished step, and the pictures they make.
 
-python -m step1x.bench.export cold [--repeat 3] [--tokens 256] [--model DIR]
+    python -m step1x.bench.export cold [--repeat 3] [--tokens 256] [--model DIR]
+    python -m step1x.bench.export parity [--backend NAME]... [--model DIR]
 
-Runs alternate, and the disk is as warm for one as for another. The last line is JSON.
+Cold starts alternate, and the disk is as warm for one as for another. The last line of each is JSON.
 """
 
 import json
@@ -14,12 +15,12 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import click
 
 TEXT = 64  # rows
-Way = Literal["aoti", "compile-cold", "compile-warm", "eager"]
+Way = Literal["aoti", "compile-cold", "compile-warm", "plain"]
 WAYS: tuple[Way, ...] = get_args(Way)
 
 
@@ -49,6 +50,40 @@ def cold(repeat: int, tokens: int, model: Path | None) -> None:
     click.echo(f"aoti is {ratio:.1f} times as fast as torch.compile from nothing; package of {size / 1e6:.1f} MB")
     found = {"seconds": seconds, "build_seconds": build_seconds, "package_bytes": size, "ratio": ratio}
     click.echo(json.dumps(found | {"tokens": tokens, "machine": platform.machine(), "cores": os.cpu_count()}))
+
+
+EDITS: dict[str, dict[str, Any]] = {  # name -> options
+    "exact": {"speed": "exact"},
+    "28 steps, guidance": {"steps": 28, "guidance": 2.0},
+    "fast": {"steps": 28, "guidance": 2.0, "speed": "fast"},
+    "128 level": {"size": 128},
+}
+
+
+@main.command(help="Edits by each backend beside PyTorch's own: PSNR in dB, and milliseconds of a step.")
+@click.option("--backend", "names", multiple=True, default=("aoti", "onnx"), show_default=True)
+@click.option("--model", type=click.Path(path_type=Path), help="Model folder.  [default: bundled]")
+def parity(names: tuple[str, ...], model: Path | None) -> None:
+    import numpy as np
+
+    from step1x.bench.counters import photograph
+    from step1x.bench.quality import psnr
+    from step1x.engine import Engine
+    from step1x.engine.embeddings import EmbeddingCache
+
+    kept = EmbeddingCache(disk_bytes=0)
+    plain = Engine.load(model, cache=kept)
+    found = []
+    for name in names:
+        engine = Engine.load(model, backend=name, cache=kept, say=lambda line: click.echo(line, err=True))
+        for edit, options in EDITS.items():
+            made = [one.edit(photograph(768, 512, 1), "make it darker", seed=1, **options) for one in (plain, engine)]
+            ours, theirs = (np.asarray(one.image, np.float32) / 255 for one in reversed(made))
+            apart, (torchs, own) = psnr(ours, theirs), (statistics.median(one.steps) for one in made)
+            found.append({"backend": name, "edit": edit, "psnr": apart, "torch_step": torchs, "step": own})
+            times = f"{1e3 * own:6.1f} ms a step, torch {1e3 * torchs:6.1f} ms"
+            click.echo(f"{name:10}{edit:20}{apart:6.1f} dB  {times}")
+    click.echo(json.dumps({"rows": found, "machine": platform.machine(), "cores": os.cpu_count()}))
 
 
 def started(way: str, given: str, folder: Path) -> float:
@@ -90,7 +125,7 @@ def child(way: str, given: str) -> None:
     if way in ("aoti", "build"):
         AotiRunner(engine, dit, loaded.vae).step(inputs_of(rows, step, rope, side * side))
     else:
-        stepper(dit, Execution(compiled=way != "eager")).velocity(rows, step, rope, side * side)
+        stepper(dit, Execution(compiled=way != "plain")).velocity(rows, step, rope, side * side)
     click.echo(time.time())
 
 
