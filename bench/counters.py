@@ -172,7 +172,7 @@ def graphs() -> Metrics:
             for canvas in SWEEP:
                 ids = image_ids(canvas.grid, engine.variant.reference_ids)
                 rope = dit.rope(torch.zeros(1, rows, 3), ids)
-                compiled(torch.zeros(batch, ids.shape[1], dit.config.hidden_size), step, rope, canvas.tokens)
+                compiled(torch.zeros(batch, ids.shape[1], dit.config.in_channels), step, rope, canvas.tokens)
     breaks = sum(counters["graph_break"].values())
     torch._dynamo.reset()
     return counts({"graphs.breaks": breaks, "graphs.compilations": made})

@@ -93,15 +93,14 @@ class Fused:
 
         active: tokens and rope are of these rows, which attend to what is kept of all, and replace their own there.
         """
-        img = self.dit.img_in(tokens.to(self.dit.dtype))
         texts, mods, bias = step.text.shape[1], step.mods, None
         if step.bias is not None:
-            others = img.shape[1] if active is None else active.kept.rows - texts
-            bias = F.pad(step.bias.to(torch.promote_types(img.dtype, torch.float32)), (0, others))
+            others = tokens.shape[1] if active is None else active.kept.rows - texts
+            bias = F.pad(step.bias.to(torch.promote_types(self.dit.dtype, torch.float32)), (0, others))
         keys = Keys(self._attention(None if step.biased is None else (texts - step.biased, texts)), bias)
-        rows = self._double(img, step.text, mods, rope, keys, active)
         image = slice(texts, None if kept is None else texts + kept)
-        rows = self._single(rows, mods, rope, keys, image, active)
+        # What goes from one function to the next has no name here: it would stay for as long as that runs.
+        rows = self._single(self._double(tokens, step.text, mods, rope, keys, active), mods, rope, keys, image, active)
         return self.final_block(rows, mods.final)
 
     def _heads(
@@ -127,9 +126,10 @@ class Fused:
         return self._attentions[biased]
 
     def _double(
-        self, img: Tensor, txt: Tensor, mods: Modulations, rope: Rope, keys: Keys, active: Active | None
+        self, tokens: Tensor, txt: Tensor, mods: Modulations, rope: Rope, keys: Keys, active: Active | None
     ) -> Tensor:
-        """Text and image rows (batch, T + N, width) behind all double blocks."""
+        """Text and image rows (batch, T + N, width) behind all double blocks, of image tokens (batch, N, channels)."""
+        img = self.dit.img_in(tokens.to(self.dit.dtype))
         if not self.double:
             return torch.cat((txt, img), dim=1)
         firsts = [
@@ -137,6 +137,7 @@ class Fused:
             for block, (image, text) in zip(self.double, mods.double, strict=True)
         ]
         image, text = self.enter(img, *firsts[0][0]), self.enter(txt, *firsts[0][1])
+        del img
         for index, (block, scales) in enumerate(zip(self.double, self.double_norms, strict=True)):
             ahead = firsts[index + 1] if index + 1 < len(self.double) else (None, None)
             if active is not None:
@@ -153,6 +154,7 @@ class Fused:
             return rows[:, image]
         firsts = [(mod, self.feed(block.linear1)) for block, mod in zip(self.single, mods.single, strict=True)]
         pair = self.enter(rows, *firsts[0])
+        del rows
         for index, (block, scales) in enumerate(zip(self.single[:-1], self.single_norms, strict=False)):
             if active is not None:
                 keys = keys._replace(place=active.place(len(self.double) + index, joined=True))

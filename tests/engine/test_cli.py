@@ -94,6 +94,7 @@ def test_an_edit(engine, folder):
         assert image.info == {"instruction": "invert it", "seed": "5"}
     loaded = {"profile": None, "device": None, "variant": None, "fix_quotes": False}
     loaded |= {"kernels": None, "attention": None, "compiled": None, "calibration": None}
+    loaded |= {"backend": None, "trust_engine": False}
     [(model, given)] = engine.loaded
     kept, say, progress = (given.pop(name) for name in ("cache", "say", "progress"))
     assert (model, given) == (None, loaded)
@@ -191,9 +192,9 @@ def test_an_existing_result_is_kept_unless_forced(engine, folder):
 def test_names_of_results():
     rest = dict.fromkeys(("model", "variant", "profile", "steps", "guidance", "size", "seed", "strength", "device"))
     flags = dict.fromkeys(
-        ("force", "no_cache", "fix_quotes", "no_metadata", "as_json", "quiet", "exact_algebra"), False
+        ("force", "no_cache", "fix_quotes", "no_metadata", "as_json", "quiet", "exact_algebra", "trust_engine"), False
     )
-    rest |= dict.fromkeys(("branches", "kernels", "attention", "compiled", "speed", "mask", "calibration"))
+    rest |= dict.fromkeys(("branches", "kernels", "attention", "compiled", "backend", "speed", "mask", "calibration"))
 
     def target(img: str, output: str | None = None) -> str:
         words = {**rest, **flags, "img": img, "output": output}

@@ -248,7 +248,7 @@ def test_a_plan_over_its_budget_proposes_a_profile() -> None:
     message = str(error.value)
     assert message.startswith("v1.1 with own, 1024x1024, batch 2, is ")
     assert "over its 24 GB in denoise (transformer 17.3, activations " in message
-    assert message.endswith("); int4-12gb (compute capability 8.0) fits")
+    assert message.endswith("); fp8-18gb (compute capability 8.9) fits")
     assert "\n" not in message
 
 
