@@ -1,6 +1,6 @@
 """What leaving out steps, rows and branches costs: policies against the dense result of the same seed, over their work.
 
-    python -m step1x.bench.skipping measure --photos DIR --records FILE [--pairs N] [--share I/N]
+    python -m step1x.bench.skipping measure --photos DIR --records FILE [--pairs N] [--share I/N] [--only NAME]...
     python -m step1x.bench.skipping report FILE... [--json FILE] [--figure FILE]
 
 Pairs are of photographs that no model was trained on, and of made pictures, with instructions of every family of the
@@ -130,9 +130,13 @@ def main() -> None:
 @click.option("--share", default="0/1", help="I/N: every N-th pair from the I-th on, for several processes.")
 @click.option("--steps", default=28)
 @click.option("--guidance", default=2.0)
+@click.option("--only", multiple=True, help="Beginning of the names of policies to measure.  [default: all]")
 @torch.no_grad()
-def measure(photos: Path, records: Path, pairs: int, share: str, steps: int, guidance: float) -> None:
+def measure(
+    photos: Path, records: Path, pairs: int, share: str, steps: int, guidance: float, only: tuple[str, ...]
+) -> None:
     """Edit every pair densely and by every policy."""
+    chosen = {name: policy for name, policy in policies(steps).items() if not only or name.startswith(only)}
     engine = Engine.load(device="cpu", cache=EmbeddingCache(disk_bytes=0))
     rough = Engine.load(device="cpu", cache=False, dtype=torch.bfloat16)
     library, options = Photographs(photos), Options(steps=steps, guidance=guidance, branches="batched")
@@ -152,7 +156,7 @@ def measure(photos: Path, records: Path, pairs: int, share: str, steps: int, gui
         line["dense_success"] = compared(pair, dense, dense)["success"]
         if index % NOISE_EVERY == 0:
             line["bfloat16"] = compared(pair, dense, Pair(rough, one, index, options).made(None)[0])
-        line["policies"] = {name: _policy(pair, policy, dense) for name, policy in policies(steps).items()}
+        line["policies"] = {name: _policy(pair, policy, dense) for name, policy in chosen.items()}
         with records.open("a") as file:
             file.write(json.dumps(line) + "\n")
         click.echo(f"{index} {family} {seconds:.1f} s", err=True)
@@ -189,7 +193,7 @@ def report(files: tuple[Path, ...], out: Path | None, figure: Path | None) -> No
 def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each policy, the most work first."""
     rows = []
-    for name in lines[0]["policies"]:
+    for name in dict.fromkeys(name for line in lines for name in line["policies"]):
         found = [line["policies"][name] for line in lines if name in line["policies"]]
         local = [line["policies"][name] for line in lines if line["local"] and name in line["policies"]]
         rows.append({"policy": name, **_means(found), "local": _means(local) if local else None})
@@ -210,7 +214,7 @@ def _means(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]]) -> str:
-    head = f"{'policy':26}{'work':>6}{'dB':>7}{'worst':>7}{'SSIM':>7}"
+    head = f"{'policy':26}{'pairs':>6}{'work':>6}{'dB':>7}{'worst':>7}{'SSIM':>7}"
     head += f"{'inside':>8}{'outside':>8}{'success':>8}{'recall':>8}"
     text = [f"{len(lines)} pairs, {lines[0]['steps']} steps, guidance {lines[0]['guidance']}", head]
 
@@ -218,7 +222,13 @@ def table(rows: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]]) -> st
         return f"{'':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
     for row in rows:
-        cells = [cell(row["work"], 6, 2), cell(row["psnr"], 7, 1), cell(row["worst"], 7, 1), cell(row["ssim"], 7, 3)]
+        cells = [
+            f"{row['n']:>6}",
+            cell(row["work"], 6, 2),
+            cell(row["psnr"], 7, 1),
+            cell(row["worst"], 7, 1),
+            cell(row["ssim"], 7, 3),
+        ]
         cells += [cell(row["inside"], 8, 1), cell(row["outside"], 8, 1), cell(row["success"], 8, 2)]
         text.append(f"{row['policy']:26}" + "".join([*cells, cell(row["recall"], 8, 2)]))
     noise = [line["bfloat16"]["psnr"] for line in lines if "bfloat16" in line]

@@ -63,6 +63,20 @@ def test_a_share_is_every_nth_pair(records: Path, tmp_path: Path) -> None:
     assert run(*words).stderr == ""
 
 
+def test_some_policies_alone(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skipping, "LEVEL", 48)
+    monkeypatch.setattr(skipping, "SIZES", ((64, 32),))
+    some = tmp_path / "some.jsonl"
+    words = ("measure", "--photos", PHOTOS, "--records", some, "--pairs", 2, "--share", "1/2", "--steps", STEPS)
+    run(*words, "--only", "step-mask", "--only=--speed")
+    [line] = [json.loads(text) for text in some.read_text().splitlines()]
+    assert {name[:7] for name in line["policies"]} == {"step-ma", "--speed"}
+    rows = summary([json.loads(records.read_text()), line])
+    assert {row["policy"]: row["n"] for row in rows} == {
+        name: 2 if name.startswith(("step-mask", "--speed")) else 1 for name in policies(STEPS)
+    }
+
+
 def test_report(records: Path, tmp_path: Path) -> None:
     out, figure = tmp_path / "table.json", tmp_path / "figure.png"
     shown = run("report", records, "--json", out, "--figure", figure).stdout.splitlines()

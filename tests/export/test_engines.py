@@ -98,7 +98,7 @@ def full_shape(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def hollow_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file of zeros."""
+    """A safetensors file of zeros, but for scales, which must be above 0."""
     head, end = {}, 0
     names = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
     for key, tensor in tensors.items():
@@ -112,6 +112,10 @@ def hollow_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+        for key, facts in head.items():
+            if key.endswith("_scale"):
+                file.seek(8 + len(text) + facts["data_offsets"][0])
+                file.write(torch.ones(tensors[key].shape).numpy().tobytes())
 
 
 @rtx
