@@ -61,8 +61,11 @@ class Backend:
         from step1x.engine.parts import architecture
         from step1x.export.tensorrt_library import library_for
 
-        target = profile.target or gpu_at_hand()
-        return cls(name, target, library_for(target, architecture("cuda")).name)
+        here = architecture("cuda")
+        target = profile.target or here
+        if target == "none":
+            raise InputError("there is no GPU here to build for; name one, such as --target sm_89")
+        return cls(name, target, library_for(target, here).name)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -108,8 +111,12 @@ def with_exported(components: "Components", backend: Backend, folder: Path) -> "
     """A model that runs as it was exported to its folder. Raises InputError for what this machine cannot run."""
     if backend.name == "torch":
         return components
+    from step1x.engine.engine_config import CONFIG, EngineConfig
     from step1x.export.exported import opened, take_halves
 
+    own, wanted = EngineConfig.read(folder / CONFIG).variant(), components.variant
+    if (own.dtype_flow == "pure") != (wanted.dtype_flow == "pure"):
+        raise InputError(f"{folder}: exported for {own.name}, {wanted.name} rounds otherwise; use --backend torch")
     found = opened(backend, folder, components.dit, components.vae)
     take_halves(found, components.vae)
     return replace(components, exported=found)
@@ -120,15 +127,6 @@ def exported_runner(exported: Exported, plain: "Runner | None") -> "Runner":
     from step1x.export.exported import runner_of
 
     return runner_of(exported, plain)
-
-
-def gpu_at_hand() -> str:
-    """Its architecture, such as sm_90. Raises InputError if there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError("there is no GPU here to build for; name one, such as --target sm_89")
-    return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
 def backend_of(facts: Mapping[str, Any]) -> Backend:

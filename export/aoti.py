@@ -7,12 +7,9 @@ torch. One graph of an entry serves batches of 1 to 4 and all sizes.
 
 import hashlib
 import json
-import logging
 import platform
-import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -35,6 +32,7 @@ from step1x.export.core import (
     RowsInputs,
     RowsOutputs,
     StepCore,
+    quiet,
     reference,
     registered,
 )
@@ -157,18 +155,6 @@ def compile_entry(program: ExportedProgram, path: Path) -> None:
     except (CppCompileError, InductorError, InvalidCxxCompiler) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{path.name} cannot be compiled; is there a C++ compiler (g++)? {reason}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """torch warns of its own deprecations, and logs what its errors say."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(before)
 
 
 def build(folder: Path, dit: DiT, vae: VAE, entries: Sequence[Entry] = ENTRIES, *, kernels: bool = False) -> list[Path]:

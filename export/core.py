@@ -4,7 +4,10 @@ The step comes after folding (engine/algebra.py): modulations and the connector 
 serves all steps. There is one definition of the model: `StepCore` and `RowsCore` hand their tensors to `Fused`.
 """
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -192,3 +195,16 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it libraries say nothing: what they warn of here is of no use to who exports."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

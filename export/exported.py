@@ -55,19 +55,17 @@ def files(backend: Backend, config: EngineConfig, profile: Profile, folder: Path
 
 
 def _compiled(entry: Entry, dit: DiT, vae: VAE, file: Sink) -> None:
-    from step1x.export.aoti import compile_entry, export_entry, traced
+    from step1x.export.aoti import build
 
     with TemporaryDirectory() as scratch:
-        path = Path(scratch) / f"{entry}.pt2"
-        compile_entry(export_entry(*traced(entry, dit, vae, kernels=dit.device.type == "cuda")), path)
+        [path] = build(Path(scratch), dit, vae, (entry,), kernels=dit.device.type == "cuda")
         _copy(path, file)
 
 
 def _graph(entry: Entry, dit: DiT, vae: VAE, folder: Path, file: Sink) -> None:
-    from step1x.export.onnx import graph
+    from step1x.export.onnx import graph_in
 
-    network, name = (dit, "dit") if entry in ("step", "rows") else (vae, "vae")
-    file.write(graph(entry, network, folder / f"{name}.safetensors"))
+    file.write(graph_in(folder, entry, dit, vae))
 
 
 def levels_of(profile: Profile) -> list[int]:

@@ -7,12 +7,9 @@ used as they are stored, (out, in). Layers that the engine stores in 8 bits are 
 TensorRT and onnxruntime read the pattern as 8-bit products.
 """
 
-import logging
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +22,18 @@ from step1x.engine.dit import DiT, is_modulation
 from step1x.engine.errors import InputError
 from step1x.engine.hollow import hollow_dit, hollow_vae
 from step1x.engine.vae import VAE
-from step1x.export.core import ENTRIES, Decoder, Encoder, Entry, Inputs, RowsCore, RowsInputs, RowsOutputs, StepCore
+from step1x.export.core import (
+    ENTRIES,
+    Decoder,
+    Encoder,
+    Entry,
+    Inputs,
+    RowsCore,
+    RowsInputs,
+    RowsOutputs,
+    StepCore,
+    quiet,
+)
 from step1x.export.onnx_quantised import LARGEST, Piece, quantise
 from step1x.quant.linear import QuantizedLinear
 
@@ -103,11 +111,16 @@ def export_onnx(
     """
     written = []
     for entry in which:
-        network, file = (dit, "dit") if entry in ("step", "rows") else (vae, "vae")
         path = folder / f"{entry}{SUFFIX}"
-        path.write_bytes(graph(entry, network, folder / f"{file}.safetensors"))
+        path.write_bytes(graph_in(folder, entry, dit, vae))
         written.append(path)
     return written
+
+
+def graph_in(folder: Path, entry: Entry, dit: DiT, vae: VAE) -> bytes:
+    """`graph` of an entry of an engine folder."""
+    network, file = (dit, "dit") if entry in ("step", "rows") else (vae, "vae")
+    return graph(entry, network, folder / f"{file}.safetensors")
 
 
 def graph(entry: Entry, network: DiT | VAE, tensors: Path) -> bytes:
@@ -150,19 +163,6 @@ def needed() -> Any:
     except ImportError:
         raise InputError(INSTALL) from None
     return onnx_ir
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within it libraries say nothing: what they warn of here is of no use to who exports."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def traced(entry: Entry, network: DiT | VAE) -> Traced:

@@ -125,6 +125,14 @@ def test_foreign_engines_are_trusted_by_word_alone(onnx: list[Path], tmp_path: P
         Engine.load(away, trust_engine=True)
 
 
+def test_a_preset_that_rounds_otherwise_is_not_what_was_exported(onnx: list[Path]) -> None:
+    built = find_or_build(None, ONNX, say=lambda _: None)
+    with pytest.raises(
+        InputError, match=r"exported for diffusers-v1\.1, official-v1\.1 rounds otherwise; use --backend"
+    ):
+        Engine.load(built, variant="official-v1.1")
+
+
 def test_keys_differ_by_backend_and_target() -> None:
     source = build.find_source(None)
     changes = (

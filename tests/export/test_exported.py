@@ -12,11 +12,14 @@ from step1x.engine import Engine
 from step1x.engine.backends import Backend, with_exported
 from step1x.engine.denoise import Runner
 from step1x.engine.dit import DiT, Step, Text
+from step1x.engine.engine_config import CONFIG, EngineConfig
 from step1x.engine.errors import InputError
+from step1x.engine.folder import locate
 from step1x.engine.fused import Fused
 from step1x.engine.image import image_ids
 from step1x.engine.kept import Active, Kept
 from step1x.engine.request import Edit
+from step1x.engine.store import canonical
 from step1x.engine.vae import VAE, VAEConfig
 from step1x.engine.weights import Components, load
 from step1x.export import exported
@@ -133,11 +136,17 @@ def test_halves_of_the_autoencoder(dit: DiT, vae: VAE) -> None:
 
 
 @pytest.fixture
-def components(monkeypatch: pytest.MonkeyPatch) -> Components:
+def components(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Components:
     """The bundled model, run by entries in plain torch."""
     monkeypatch.setattr(exported, "opened", lambda backend, folder, dit, vae: Eager(dit, vae))
     made = load(None, device="cpu", dtype=torch.float32)
-    return with_exported(made, Backend("aoti"), Path())
+    return with_exported(made, Backend("aoti"), bundled_config(tmp_path))
+
+
+def bundled_config(folder: Path) -> Path:
+    """A folder with what an engine says of the bundled model."""
+    (folder / CONFIG).write_bytes(canonical(EngineConfig.of(locate(None)).as_json()))
+    return folder
 
 
 def edited(engine: Engine, **options: object) -> Edit:
