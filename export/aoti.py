@@ -35,6 +35,8 @@ from step1x.export.core import (
     quiet,
     reference,
     registered,
+    rows_example,
+    step_example,
 )
 
 __all__ = ["AotiRunner", "build", "compile_entry", "export_entry", "traced"]
@@ -91,33 +93,6 @@ def _packed(batch: Dim) -> tuple[dict[int, Any], ...]:
     text = {0: batch, 1: Dim("text", max=1 << 16)}
     table = {0: batch, 2: Dim.AUTO}  # text and image rows together
     return text, *({0: batch} for _ in range(4)), table, table, text
-
-
-def step_example(dit: DiT, batch: int = 2, text: int = 7, target: int = 6, reference: int = 5) -> Inputs:
-    """Zeros. Sizes differ from each other and from 1, which a tracer takes for a constant."""
-    config, like = dit.config, dit.img_in.weight
-    width, rows = config.hidden_size, text + target + reference
-    table = torch.zeros(batch, 1, rows, config.head_dim // 2, device=like.device)
-    return Inputs(
-        like.new_zeros(batch, target, config.in_channels),
-        like.new_zeros(batch, reference, config.in_channels),
-        like.new_zeros(batch, text, width),
-        like.new_zeros(batch, config.depth, 6 * width),
-        like.new_zeros(batch, config.depth, 6 * width),
-        like.new_zeros(batch, config.depth_single, 3 * width),
-        like.new_zeros(batch, 2 * width),
-        table,
-        table.clone(),
-        torch.zeros(batch, text, device=like.device),
-    )
-
-
-def rows_example(dit: DiT, batch: int = 2, text: int = 7, active: int = 6, every: int = 30) -> RowsInputs:
-    """Zeros, as `step_example`. every: rows that are kept, of text and image together."""
-    config, (tokens, _, *packed) = dit.config, step_example(dit, batch, text, active, 0)
-    rows = torch.arange(active, device=tokens.device).repeat(batch, 1)
-    keys = tokens.new_zeros(batch, config.depth + config.depth_single, config.heads, every, config.head_dim)
-    return RowsInputs._make((tokens, rows, *packed, keys, keys.clone()))
 
 
 def export_entry(module: nn.Module, example: Sequence[Tensor], dynamic: Sequence[Any]) -> ExportedProgram:

@@ -27,12 +27,12 @@ from step1x.export.core import (
     Decoder,
     Encoder,
     Entry,
-    Inputs,
     RowsCore,
-    RowsInputs,
     RowsOutputs,
     StepCore,
     quiet,
+    rows_example,
+    step_example,
 )
 from step1x.export.onnx_quantised import LARGEST, Piece, quantise
 from step1x.quant.linear import QuantizedLinear
@@ -176,8 +176,8 @@ def traced(entry: Entry, network: DiT | VAE) -> Traced:
         return Traced(half, "", inputs, [name for name in AXES[entry] if name not in inputs])
     twin = hollow_dit(network.config, network.final_layer.fp32_norms).to(network.dtype)
     if entry == "step":
-        return Traced(StepCore(twin, portable), "dit.", step_inputs(twin)._asdict(), ["velocity"])
-    return Traced(RowsCore(twin, portable), "dit.", rows_inputs(twin)._asdict(), RowsOutputs._fields)
+        return Traced(StepCore(twin, portable), "dit.", step_example(twin)._asdict(), ["velocity"])
+    return Traced(RowsCore(twin, portable), "dit.", rows_example(twin)._asdict(), RowsOutputs._fields)
 
 
 def vae_inputs(entry: Entry, vae: VAE) -> dict[str, Tensor]:
@@ -186,46 +186,6 @@ def vae_inputs(entry: Entry, vae: VAE) -> dict[str, Tensor]:
         ("pixels", config.in_channels, 4 * config.factor) if entry == "encoder" else ("latents", config.z_channels, 6)
     )
     return {name: torch.empty(2, channels, side, 2 * side, dtype=vae.dtype, device="meta")}
-
-
-def step_inputs(dit: DiT, batch: int = 2, sizes: tuple[int, int, int] = (6, 8, 5)) -> Inputs:
-    """Empty ones, of so many target, reference and text rows."""
-    target, reference, text = sizes
-
-    def tokens(count: int) -> Tensor:
-        return dit.img_in.weight.new_empty(batch, count, dit.config.in_channels)
-
-    return Inputs(tokens(target), tokens(reference), **shared_inputs(dit, batch, text, sum(sizes)))
-
-
-def rows_inputs(dit: DiT, batch: int = 2, sizes: tuple[int, int, int] = (6, 14, 5)) -> RowsInputs:
-    """Empty ones, of so many active, image and text rows."""
-    config, (active, image, text) = dit.config, sizes
-    like = dit.img_in.weight
-    caches = (batch, config.depth + config.depth_single, config.heads, text + image, config.head_dim)
-    return RowsInputs(
-        like.new_empty(batch, active, config.in_channels),
-        like.new_empty(batch, active, dtype=torch.int64),
-        **shared_inputs(dit, batch, text, text + active),
-        keys=like.new_empty(caches),
-        values=like.new_empty(caches),
-    )
-
-
-def shared_inputs(dit: DiT, batch: int, text: int, rows: int) -> dict[str, Tensor]:
-    """Those of both steps. rows: of the rotary tables."""
-    config, like = dit.config, dit.img_in.weight
-    width, table = config.hidden_size, (batch, 1, rows, config.head_dim // 2)
-    return {
-        "text": like.new_empty(batch, text, width),
-        "image_mods": like.new_empty(batch, config.depth, 6 * width),
-        "text_mods": like.new_empty(batch, config.depth, 6 * width),
-        "single_mods": like.new_empty(batch, config.depth_single, 3 * width),
-        "final_mods": like.new_empty(batch, 2 * width),
-        "cosine": like.new_empty(table, dtype=torch.float32),
-        "sine": like.new_empty(table, dtype=torch.float32),
-        "bias": like.new_empty(batch, text, dtype=torch.float32),
-    }
 
 
 def trace(entry: Entry, given: Traced) -> Any:

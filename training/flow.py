@@ -1,10 +1,13 @@
 """Flow matching for the edit transformer (model.md §9): the loss, and the sampling of times."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from step1x.engine.dit import DiT, Text
 from step1x.engine.image import image_ids, pack
+
+CHANGED = 0.05  # mean square of what an edit changes in a token of latents, which have a deviation of about 1
 
 
 def times(count: int, shift: float, spread: float, generator: torch.Generator) -> Tensor:
@@ -25,23 +28,46 @@ def flow_loss(
     sigma: Tensor,
     noise: Tensor,
     weights: Tensor | None = None,
+    own: int = 0,
 ) -> Tensor:
     """Squared error of the velocity, per sample (batch,), float32.
 
-    weights: (16,) of the latent channels, mean 1; any positive ones leave the best velocity what it is.
+    latents: (source, target), each (batch, 16, h, w), scaled; sigma: (batch,) noise levels in [0, 1], above 0 in the
+    first `own` samples; noise: like the target. x = (1 - sigma) target + sigma noise, and the velocity is
+    noise - target (§9).
 
-    latents: (source, target), each (batch, 16, h, w), scaled; sigma: (batch,) noise levels in [0, 1]; noise: like
-    the target. x = (1 - sigma) target + sigma noise, and the velocity is noise - target (§9).
+    weights: of the packed error, broadcast to (batch, N, 64); any positive ones leave the best velocity what it is.
+    own: in so many samples, the first ones, x is where one step of the model from the noise comes to at sigma, and
+    the velocity is the one that leads from there to the target, (x - target) / sigma.
     """
     source, target = (pack(part) for part in latents)
     noise_tokens = pack(noise)
     grid = (latents[1].shape[2] // 2, latents[1].shape[3] // 2)
     level = sigma[:, None, None]
-    noisy = (1 - level) * target + level * noise_tokens
+    noisy, wanted = (1 - level) * target + level * noise_tokens, noise_tokens - target
     ids = image_ids(grid, reference_ids).to(target.device)
     rope = dit.rope(torch.zeros(1, text.tokens.shape[1], 3, device=target.device), ids)
-    velocity = dit(torch.cat((noisy, source), dim=1), text, sigma, rope)[:, : target.shape[1]]
-    error = (velocity.float() - (noise_tokens - target).float()).square()
-    if weights is not None:
-        error = error * weights.repeat_interleave(error.shape[2] // len(weights))
-    return error.mean((1, 2))
+
+    def velocity(tokens: Tensor, levels: Tensor) -> Tensor:
+        count = len(tokens)
+        words = Text(text.tokens[:count], text.mask[:count])
+        return dit(torch.cat((tokens, source[:count]), dim=1), words, levels, rope)[:, : target.shape[1]]
+
+    if own:
+        with torch.no_grad():
+            step = velocity(noise_tokens[:own], torch.ones_like(sigma[:own]))
+        arrived = noise_tokens[:own] + (level[:own] - 1) * step.to(noise_tokens.dtype)
+        noisy = torch.cat((arrived, noisy[own:]))
+        wanted = torch.cat(((arrived - target[:own]) / level[:own], wanted[own:]))
+    error = (velocity(noisy, sigma).float() - wanted.float()).square()
+    return (error if weights is None else error * weights).mean((1, 2))
+
+
+def altered(source: Tensor, target: Tensor) -> Tensor:
+    """1 at tokens (batch, N, 1) that a local edit changes, and at their neighbours; 0 for an edit of more than half.
+
+    source and target: latents (batch, 16, h, w).
+    """
+    changed = (F.avg_pool2d((target - source).square().mean(1, keepdim=True), 2) > CHANGED).float()
+    local = (changed.mean((2, 3), keepdim=True) < 0.5).float()
+    return (F.max_pool2d(changed, 3, 1, 1) * local).flatten(2).mT

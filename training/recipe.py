@@ -13,11 +13,19 @@ PATCH_PIXELS = 28  # pixels on a side of one token of the text model's picture
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One stretch of the transformer's training: canvases (width, height) of one batch size, and its share of time."""
+    """One stretch of the transformer's training: canvases (width, height) of one batch size, and its share of time.
+
+    first: share of the samples that are noise alone, where an edit is decided. own: share that lie on the model's own
+    way, where later steps mend what the first one left. emphasis: added to the weight 1 of tokens that a local edit
+    changes.
+    """
 
     canvases: tuple[tuple[int, int], ...]
     batch: int
     share: float
+    first: float = 0.0
+    own: float = 0.0
+    emphasis: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +134,14 @@ CPU = Recipe(
     stages=(
         Stage(canvases=((64, 64),), batch=16, share=0.2),
         Stage(canvases=((64, 64), (128, 128), (144, 96), (96, 144)), batch=16, share=0.45),
-        Stage(canvases=((192, 192), (256, 256), (304, 208), (208, 304), (288, 208), (320, 192)), batch=8, share=0.35),
+        Stage(
+            canvases=((192, 192), (256, 256), (304, 208), (208, 304), (288, 208), (320, 192)),
+            batch=8,
+            share=0.35,
+            first=0.35,
+            own=0.2,
+            emphasis=7.0,
+        ),
     ),
     lr=1e-3,
     scale_lr=6e-3,
@@ -162,7 +177,14 @@ GPU = replace(
     stages=(
         Stage(canvases=((64, 64),), batch=128, share=0.15),
         Stage(canvases=((64, 64), (128, 128), (144, 96), (96, 144)), batch=128, share=0.45),
-        Stage(canvases=((192, 192), (256, 256), (304, 208), (208, 304), (288, 208), (320, 192)), batch=48, share=0.4),
+        Stage(
+            canvases=((192, 192), (256, 256), (304, 208), (208, 304), (288, 208), (320, 192)),
+            batch=48,
+            share=0.4,
+            first=0.35,
+            own=0.2,
+            emphasis=7.0,
+        ),
     ),
     pool=2048,
     refresh=0.15,

@@ -25,7 +25,7 @@ from step1x.engine.weights import load
 from step1x.training import autoencoder, state
 from step1x.training.conditioning import TextSide
 from step1x.training.edits import FAMILIES, Picture, all_wordings, sample, words
-from step1x.training.flow import flow_loss, times
+from step1x.training.flow import altered, flow_loss, times
 from step1x.training.pairs import Pairs, Pool, as_tensor
 from step1x.training.pictures import Photographs, picture
 from step1x.training.recipe import Recipe
@@ -33,6 +33,7 @@ from step1x.training.tokenizer import count_template_tokens, small_text_model, t
 
 SAVE_SECONDS = 60.0
 WHOLE = 0.8  # a picture the autoencoder learns from has the detail of at least this share of a photograph
+LEAST = 0.4  # noise level of samples on the model's own way: their error counts as 1 / level
 WINDOWS = 2  # cut from one picture for the autoencoder
 
 
@@ -427,12 +428,23 @@ def editor_loss(
     pairs = pools[canvas].draw(random, stage.batch, recipe.refresh)
     instructions = ["" if random.random() < recipe.drop_instruction else words for words in pairs.instructions]
     device = editor.dit.device
-    sigma = times(len(instructions), recipe.shift, recipe.spread, generator).to(device)
+    count = len(instructions)
+    own, first = int(stage.own * count), int(stage.first * count)
+    sigma = times(count, recipe.shift, recipe.spread, generator).to(device)
+    sigma[:own].clamp_(min=LEAST)
+    sigma[own : own + first] = 1.0
     noise = torch.randn(pairs.target.shape, generator=generator).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         text = editor.text(pairs.patches, pairs.grid, instructions)
         losses = flow_loss(
-            editor.dit, text, (pairs.source, pairs.target), editor.text.variant.reference_ids, sigma, noise, weights
+            editor.dit,
+            text,
+            (pairs.source, pairs.target),
+            editor.text.variant.reference_ids,
+            sigma,
+            noise,
+            weights.repeat_interleave(4) * (1 + stage.emphasis * altered(pairs.source, pairs.target)),
+            own,
         )
     return losses.mean()
 

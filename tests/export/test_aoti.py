@@ -22,8 +22,8 @@ from step1x.engine.dit import DiT
 from step1x.engine.errors import InputError
 from step1x.engine.vae import VAE, VAEConfig
 from step1x.export import aoti
-from step1x.export.aoti import AotiRunner, Compiled, compile_entry, export_entry, rows_example, step_example, traced
-from step1x.export.core import Inputs, RowsCore, RowsInputs, StepCore
+from step1x.export.aoti import AotiRunner, Compiled, compile_entry, export_entry, traced
+from step1x.export.core import Inputs, RowsCore, RowsInputs, StepCore, rows_example, step_example
 from step1x.quant.linear import QuantizedLinear, quantise_layers
 from step1x.training.recipe import dit_config
 

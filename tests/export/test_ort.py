@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from step1x.engine.errors import InputError
-from step1x.export.core import Decoder, Encoder, Inputs, RowsCore, RowsInputs, StepCore
-from step1x.export.onnx import export_onnx, rows_inputs, step_inputs
+from step1x.export.core import Decoder, Encoder, Inputs, RowsCore, RowsInputs, StepCore, rows_example, step_example
+from step1x.export.onnx import export_onnx
 from step1x.export.ort import OrtRunner
 from step1x.quant.linear import QuantizedLinear
 
@@ -38,15 +38,14 @@ def runner(onnx_engine) -> OrtRunner:
 
 @pytest.mark.parametrize(("batch", "target", "reference", "text"), SIZES)
 def test_step_is_torchs(runner, onnx_engine, batch, target, reference, text):
-    inputs = Inputs(*filled(step_inputs(onnx_engine.dit, batch, (target, reference, text))))
+    inputs = Inputs(*filled(step_example(onnx_engine.dit, batch, text, target, reference)))
     assert_close(runner.step(inputs), StepCore(onnx_engine.dit)(*inputs))
 
 
 @pytest.mark.parametrize(("batch", "active", "others", "text"), SIZES)
 def test_rows_are_torchs(runner, onnx_engine, batch, active, others, text):
     image = active + others
-    like = rows_inputs(onnx_engine.dit, batch, (active, image, text))._asdict()
-    inputs = RowsInputs(**dict(zip(like, filled(tuple(like.values())), strict=True)))
+    inputs = RowsInputs(*filled(rows_example(onnx_engine.dit, batch, text, active, text + image)))
     chosen = torch.stack([torch.randperm(image, generator=torch.Generator().manual_seed(i)) for i in range(batch)])
     inputs = inputs._replace(rows=chosen[:, :active])
     before = [one.clone() for one in inputs]
@@ -65,7 +64,7 @@ def test_both_halves_of_the_autoencoder_are_torchs(runner, onnx_engine, batch, h
 def test_quantised_rows_and_weights_are_those_of_torch(quantised_dit, onnx_engine, save, tmp_path, capfd):
     """fp8 and int8, each row by its own scale, as the engine's layers. Exporting prints nothing."""
     dit = quantised_dit(torch.float32)
-    inputs = Inputs(*filled(step_inputs(dit, 2, (7, 5, 3))))
+    inputs = Inputs(*filled(step_example(dit, 2, 3, 7, 5)))
     save(tmp_path, dit, onnx_engine.vae)
     export_onnx(dit, onnx_engine.vae, tmp_path, ["step"])
     assert capfd.readouterr() == ("", "")
@@ -102,7 +101,7 @@ def test_bfloat16_on_a_cpu_is_one_line(onnx_bf16, capfd):
 
 
 def test_wrong_types_are_one_line(runner, onnx_engine):
-    inputs = Inputs(*filled(step_inputs(onnx_engine.dit)))
+    inputs = Inputs(*filled(step_example(onnx_engine.dit)))
     with pytest.raises(InputError, match=r"^step\.onnx: onnxruntime failed: Unexpected input data type[^\n]*$"):
         runner.step(inputs._replace(text=inputs.text.double()))
 

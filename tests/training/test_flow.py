@@ -1,8 +1,9 @@
+import pytest
 import torch
 
 from step1x.engine.dit import DiT, DoubleBlock, Text, apply_rope
-from step1x.engine.image import image_ids
-from step1x.training.flow import flow_loss, times
+from step1x.engine.image import image_ids, pack, unpack
+from step1x.training.flow import altered, flow_loss, times
 from step1x.training.recipe import dit_config
 from step1x.training.tiny import init_dit
 
@@ -55,14 +56,51 @@ def test_loss_of_a_silent_network_is_the_velocity_itself() -> None:
     assert torch.allclose(got, (noise - target).square().mean((1, 2, 3)), atol=1e-5)
 
 
-def test_loss_reaches_every_weight() -> None:
+def test_samples_on_the_models_own_way_lead_from_there_to_the_target() -> None:
+    torch.manual_seed(0)
+    dit = DiT(dit_config(32, 1, 1, 16))
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    source, target, noise = torch.randn(3, 3, 16, 4, 6).unbind()
+    text, level = Text(torch.randn(3, 5, 16), torch.ones(3, 5, dtype=torch.long)), torch.tensor([0.6, 0.5, 0.9])
+    got = flow_loss(dit, text, (source, target), (1, 1, 1), level, noise, own=2)
+    rope = dit.rope(torch.zeros(1, 5, 3), image_ids((2, 3), (1, 1, 1)))
+
+    def velocity(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        return unpack(dit(torch.cat((pack(x), pack(source)), 1), text, levels, rope)[:, :6], (2, 3))
+
+    step, away = velocity(noise, torch.ones(3)), level[:, None, None, None]
+    arrived = noise - (1 - away) * step
+    arrived[2] = 0.1 * target[2] + 0.9 * noise[2]
+    ends = arrived - away * velocity(arrived, level)
+    want = ((ends - target) / away).square().mean((1, 2, 3))  # an error at the end is the velocity's times the level
+    assert torch.allclose(got, want, rtol=1e-4)
+
+
+def test_altered_tokens_are_those_of_local_edits_and_their_neighbours() -> None:
+    source = torch.zeros(2, 16, 12, 12)
+    target = torch.stack((torch.zeros(16, 12, 12), torch.ones(16, 12, 12)))
+    target[0, :, 4, 9] = 1.0  # in the token of row 2, column 4
+    found = altered(source, target)
+    local = torch.zeros(6, 6)
+    local[1:4, 3:6] = 1
+    assert torch.equal(found[0, :, 0].reshape(6, 6), local)
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("own", [0, 2])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_loss_reaches_every_weight(own: int, autocast: bool) -> None:
     torch.manual_seed(0)
     dit = DiT(dit_config(32, 2, 1, 16))
     for parameter in dit.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     text = Text(torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
     latents = (torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4))
-    flow_loss(dit, text, latents, (1, 1, 1), torch.tensor([0.3, 0.6]), torch.randn(2, 16, 4, 4)).sum().backward()
+    levels, noise = torch.tensor([0.3, 0.6]), torch.randn(2, 16, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = flow_loss(dit, text, latents, (1, 1, 1), levels, noise, own=own)
+    loss.sum().backward()
     silent = [
         name for name, parameter in dit.named_parameters() if parameter.grad is None or not parameter.grad.abs().any()
     ]
@@ -77,7 +115,9 @@ def test_channel_weights_weigh_the_error() -> None:
     source, target, noise = torch.randn(3, 2, 16, 4, 6).unbind()
     text = Text(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.long))
     weights = torch.arange(16.0)
-    got = flow_loss(dit, text, (source, target), (1, 1, 1), torch.tensor([0.1, 0.9]), noise, weights)
+    got = flow_loss(
+        dit, text, (source, target), (1, 1, 1), torch.tensor([0.1, 0.9]), noise, weights.repeat_interleave(4)
+    )
     want = ((noise - target).square().mean((2, 3)) * weights).mean(1)
     assert torch.allclose(got, want, atol=1e-4)
 

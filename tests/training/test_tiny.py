@@ -24,7 +24,10 @@ TOY = replace(
     chain_steps=2,
     vae_canvases=(64,),
     vae_crops=((64, 2),),
-    stages=(Stage(canvases=((32, 32),), batch=4, share=0.5), Stage(canvases=((48, 32),), batch=2, share=0.5)),
+    stages=(
+        Stage(canvases=((32, 32),), batch=4, share=0.5),
+        Stage(canvases=((48, 32),), batch=2, share=0.5, first=0.5, own=0.5, emphasis=7.0),
+    ),
     pool=8,
 )
 
