@@ -21,7 +21,10 @@ def program() -> None:
     help="Folder of photographs to train on.",
 )
 @click.option("--hours", type=click.FloatRange(0, min_open=True), required=True, help="Time to train for.")
-@click.option("--recipe", type=click.Choice(["cpu", "gpu"]), help="Size.  [default: gpu with CUDA, else cpu]")
+@click.option(
+    "--recipe", type=click.Choice(["cpu", "cpu-local", "gpu"]),
+    help="Size; cpu-local is for going on from --init with edits of a part.  [default: gpu with CUDA, else cpu]",
+)  # fmt: skip
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(

@@ -158,6 +158,17 @@ CPU = Recipe(
     refresh=0.12,
 )
 
+# Goes on from a trained model (`--init`): the last stage alone, and mostly the edits that are learned last.
+CPU_LOCAL = replace(
+    CPU,
+    name="cpu-local",
+    stages=(replace(CPU.stages[-1], share=1.0),),
+    lr=5e-4,
+    scale_lr=3e-3,
+    weights={"add": 6.0, "reshape": 30.0, "remove": 4.0, "recolour": 6.0, "paint_half": 3.0},
+    pool=230,
+)
+
 # Ten minutes of one data-centre GPU: a wider network, larger batches, more of the 256 level.
 GPU = replace(
     CPU,
@@ -190,4 +201,4 @@ GPU = replace(
     refresh=0.15,
 )
 
-RECIPES = {"cpu": CPU, "gpu": GPU}
+RECIPES = {recipe.name: recipe for recipe in (CPU, CPU_LOCAL, GPU)}
