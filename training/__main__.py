@@ -6,6 +6,7 @@ import click
 import torch
 
 from step1x.engine.errors import InputError
+from step1x.training.recipe import RECIPES
 
 
 @click.group()
@@ -22,7 +23,7 @@ def program() -> None:
 )
 @click.option("--hours", type=click.FloatRange(0, min_open=True), required=True, help="Time to train for.")
 @click.option(
-    "--recipe", type=click.Choice(["cpu", "cpu-local", "gpu"]),
+    "--recipe", type=click.Choice(list(RECIPES)),
     help="Size; cpu-local is for going on from --init with edits of a part.  [default: gpu with CUDA, else cpu]",
 )  # fmt: skip
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
@@ -48,7 +49,6 @@ def tiny(
 ) -> None:
     """Train step1x-tiny: autoencoder, then transformer, connector and text model together."""
     from step1x.training.bundle import write_bundle
-    from step1x.training.recipe import RECIPES
     from step1x.training.tiny import Run, run_training
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

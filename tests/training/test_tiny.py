@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from step1x.engine import Engine
-from step1x.training import recipe, state
+from step1x.training import recipe, state, tiny
 from step1x.training.__main__ import program
 from step1x.training.edits import words
+from step1x.training.flow import flow_loss
 from step1x.training.recipe import Stage, dit_config
-from step1x.training.tiny import Clock, new_text
+from step1x.training.tiny import LEAST, Clock, new_text
 
 TOY = replace(
     recipe.CPU,
@@ -68,6 +70,29 @@ def test_trains_resumes_and_writes_a_model(photos: Path, tmp_path: Path) -> None
         assert (output / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     train(photos, tmp_path / "more", tmp_path / "from-model", "--init", str(output))
     assert Engine.load(tmp_path / "from-model", device="cpu").variant == Engine.load(output, device="cpu").variant
+
+
+def test_samples_are_drawn_as_their_stage_says(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Tensor, int, float]] = []
+
+    def watched(*given: Any) -> torch.Tensor:
+        *_, sigma, _, weights, own = given
+        seen.append((sigma, own, float((weights.amax(1) - weights.amin(1)).max())))
+        return flow_loss(*given)
+
+    monkeypatch.setattr(tiny, "flow_loss", watched)
+    train(photos, tmp_path / "run", tmp_path / "model")
+    early, late = ([one for one in seen if len(one[0]) == batch] for batch in (4, 2))
+    assert early
+    assert all(own == 0 and spread == 0 and (sigma < 1).all() for sigma, own, spread in early)
+    assert late
+    assert all(own == 1 and LEAST <= sigma[0] < sigma[1] == 1 for sigma, own, _ in late)
+    assert any(spread > 0 for *_, spread in late)  # an edit of a part was drawn, and its tokens count more
+
+
+@pytest.mark.parametrize("one", recipe.RECIPES.values(), ids=recipe.RECIPES)
+def test_stages_take_all_of_the_time(one: recipe.Recipe) -> None:
+    assert sum(stage.share for stage in one.stages) == pytest.approx(1)
 
 
 def test_an_existing_output_is_refused(photos: Path, tmp_path: Path) -> None:
