@@ -17,7 +17,7 @@ class Stage:
 
     first: share of the samples that are noise alone, where an edit is decided. own: share that lie on the model's own
     way, where later steps mend what the first one left. emphasis: added to the weight 1 of tokens that a local edit
-    changes.
+    changes. log_floor: above 0, the mean of log(loss + log_floor) over the samples is descended, not that of the loss.
     """
 
     canvases: tuple[tuple[int, int], ...]
@@ -26,6 +26,7 @@ class Stage:
     first: float = 0.0
     own: float = 0.0
     emphasis: float = 0.0
+    log_floor: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +142,7 @@ CPU = Recipe(
             first=0.375,
             own=0.125,
             emphasis=7.0,
+            log_floor=0.08,
         ),
     ),
     lr=1e-3,

@@ -371,14 +371,14 @@ def train_editor(run: Run, photographs: Photographs, vae: VAE) -> Editor:
         task = bar.add_task("editor", total=1.0, figure="")
         while clock.done < 1:
             set_rate(optimizer, clock.factor(step, 100))
-            loss = editor_loss(editor, recipe, pools, weights, clock.done, random, generator)
+            loss, figure = editor_loss(editor, recipe, pools, weights, clock.done, random, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
             optimizer.step()
             average.update(editor)
             step += 1
-            smooth = loss.item() if step == 1 else 0.98 * smooth + 0.02 * loss.item()
+            smooth = figure.item() if step == 1 else 0.98 * smooth + 0.02 * figure.item()
             if step % 20 == 0:
                 bar.update(task, completed=clock.done, figure=f"step {step} loss {smooth:.4f}")
             if time.monotonic() - last > SAVE_SECONDS:
@@ -416,8 +416,8 @@ def editor_loss(
     done: float,
     random: np.random.Generator,
     generator: torch.Generator,
-) -> Tensor:
-    """Mean flow loss of one batch of the stage that `done` falls in."""
+) -> tuple[Tensor, Tensor]:
+    """What to descend on one batch of the stage that `done` falls in; and its mean flow loss."""
     passed, stage = 0.0, recipe.stages[-1]
     for candidate in recipe.stages:
         passed += candidate.share
@@ -446,7 +446,8 @@ def editor_loss(
             weights.repeat_interleave(4) * (1 + stage.emphasis * altered(pairs.source, pairs.target)),
             own,
         )
-    return losses.mean()
+    descended = (losses + stage.log_floor).log() if stage.log_floor else losses
+    return descended.mean(), losses.detach().mean()
 
 
 def run_training(run: Run) -> tuple[VAE, Editor]:

@@ -28,7 +28,7 @@ TOY = replace(
     vae_crops=((64, 2),),
     stages=(
         Stage(canvases=((32, 32),), batch=4, share=0.5),
-        Stage(canvases=((48, 32),), batch=2, share=0.5, first=0.5, own=0.5, emphasis=7.0),
+        Stage(canvases=((48, 32),), batch=2, share=0.5, first=0.5, own=0.5, emphasis=7.0, log_floor=0.08),
     ),
     pool=8,
 )
@@ -74,11 +74,14 @@ def test_trains_resumes_and_writes_a_model(photos: Path, tmp_path: Path) -> None
 
 def test_samples_are_drawn_as_their_stage_says(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Tensor, int, float]] = []
+    descended: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watched(*given: Any) -> torch.Tensor:
         *_, sigma, _, weights, own = given
         seen.append((sigma, own, float((weights.amax(1) - weights.amin(1)).max())))
-        return flow_loss(*given)
+        losses = flow_loss(*given)
+        losses.register_hook(lambda gradient: descended.append((losses.detach(), gradient)))
+        return losses
 
     monkeypatch.setattr(tiny, "flow_loss", watched)
     train(photos, tmp_path / "run", tmp_path / "model")
@@ -88,6 +91,9 @@ def test_samples_are_drawn_as_their_stage_says(photos: Path, tmp_path: Path, mon
     assert late
     assert all(own == 1 and LEAST <= sigma[0] < sigma[1] == 1 for sigma, own, _ in late)
     assert any(spread > 0 for *_, spread in late)  # an edit of a part was drawn, and its tokens count more
+    for losses, gradient in descended:
+        slope = 0.25 * torch.ones(4) if len(losses) == 4 else 0.5 / (losses + 0.08)
+        torch.testing.assert_close(gradient, slope)
 
 
 @pytest.mark.parametrize("one", recipe.RECIPES.values(), ids=recipe.RECIPES)
