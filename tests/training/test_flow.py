@@ -4,8 +4,8 @@ import torch
 from step1x.engine.dit import DiT, DoubleBlock, Text, apply_rope
 from step1x.engine.image import image_ids, pack, unpack
 from step1x.training.flow import altered, flow_loss, times
+from step1x.training.initialisation import init_dit
 from step1x.training.recipe import dit_config
-from step1x.training.tiny import init_dit
 
 
 def test_times_are_shifted_logit_normals() -> None:

@@ -91,6 +91,7 @@ def test_samples_are_drawn_as_their_stage_says(photos: Path, tmp_path: Path, mon
     assert late
     assert all(own == 1 and LEAST <= sigma[0] < sigma[1] == 1 for sigma, own, _ in late)
     assert any(spread > 0 for *_, spread in late)  # an edit of a part was drawn, and its tokens count more
+    assert len(descended) == len(seen)
     for losses, gradient in descended:
         slope = 0.25 * torch.ones(4) if len(losses) == 4 else 0.5 / (losses + 0.08)
         torch.testing.assert_close(gradient, slope)
