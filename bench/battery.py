@@ -21,9 +21,11 @@ import torch
 
 from step1x.bench.ceilings import timed
 from step1x.bench.measure import device_name
+from step1x.bench.own_cache import own_cache
 from step1x.bench.record import ROOT, Kind, Metric, Record, place, revision
 from step1x.engine.errors import InputError
-from step1x.profiles import default_profile, load_profile, profile_names
+from step1x.engine.loading import checked_device
+from step1x.profiles import load_profile, profile_names
 
 LOG = "battery.log"  # in the folder of records: what every part said
 # Seconds that a part may take; together nine minutes.
@@ -92,14 +94,14 @@ def run_part(name: str, smoke: bool, commit: str) -> Record:
         "skipping": battery_model.skipping,
         "tensorrt": battery_tensorrt.tensorrt,
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = checked_device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(device, size_name(smoke) == "smoke", time.monotonic() + ENOUGH * LIMITS[name])
     with torch.no_grad():
         parts[name](run)
     return Record(
         suite="battery",
         place=place(device_name(device)).model_copy(update={"commit": commit}),
-        profile=default_profile(cuda=device.type == "cuda"),
+        profile="bf16-80gb" if device.type == "cuda" else "cpu",
         size=size_name(smoke),
         metrics=run.metrics,
         notes=run.notes,
@@ -220,7 +222,8 @@ def main(parts: tuple[str, ...], out: Path, commit: str | None, **how: bool) -> 
     if not smoke and not torch.cuda.is_available():
         raise click.UsageError("no CUDA device here; --smoke runs every part on the CPU with small shapes")
     chosen = parts or (SMOKE if smoke else tuple(PARTS))
-    failed = run_all(chosen, out, commit, smoke, again)
+    with own_cache():  # one for all parts: what the first compiles the next need not
+        failed = run_all(chosen, out, commit, smoke, again)
     record = merged(out, commit, size_name(smoke))
     record.write(out / "battery.json")
     click.echo(table(record))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
-from math import inf, log
+from math import log
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from step1x.bench.battery import Run
 from step1x.kernels.aot import modules
 from step1x.kernels.attention import joined
 from step1x.kernels.attention_backends import available, choose
+from step1x.kernels.checks import relative_errors, tensors
 from step1x.kernels.launch import Example, Op
 
 if TYPE_CHECKING:
@@ -60,17 +61,6 @@ def kernels(run: Run) -> None:
 def relative_error(out: Tensor, expected: Tensor) -> float:
     """‖out - expected‖ / ‖expected‖, as `relative_errors` has it."""
     return relative_errors(out, expected).item()
-
-
-def relative_errors(out: Tensor, expected: Tensor, dim: int | None = None) -> Tensor:
-    """‖out - expected‖ / ‖expected‖ in float64, over all or along one axis.
-
-    0 where they agree, also if both are zero or the same infinity; NaN counts as infinite.
-    """
-    out, expected = out.double(), expected.double()
-    error = (out - expected).masked_fill_(out == expected, 0).norm(dim=dim)
-    relative = error / expected.masked_fill(expected.isinf(), 0).norm(dim=dim)
-    return relative.nan_to_num(inf, posinf=inf).masked_fill(error == 0, 0)
 
 
 def require(what: str, error: float, bound: float) -> None:
@@ -209,13 +199,6 @@ def check_kernels(run: Run, ops: Iterable[Op]) -> int:
         run.put(f"kernel.{op.name}", run.seconds(partial(op.call, *arguments)), "s", "stage")
         checked += 1
     return checked
-
-
-def tensors(result: Any) -> tuple[Tensor, ...]:
-    """The results of an op, which returns a tensor, a tuple of them or, if it writes to its arguments, None."""
-    if result is None:
-        return ()
-    return result if isinstance(result, tuple) else (result,)
 
 
 def _widened(argument: Any) -> Any:

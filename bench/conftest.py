@@ -1,12 +1,21 @@
-"""Writes the pytest-benchmark suite's figures as a record of ours."""
+"""Writes the pytest-benchmark suite's figures as a record of ours; a cache folder of its own for every run."""
+
+from contextlib import ExitStack
 
 import pytest
 
+from step1x.bench.own_cache import own_cache
 from step1x.bench.record import Metric, Record, place
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FILE", help="Write the figures as a record (bench/record.py).")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    stack = ExitStack()
+    stack.enter_context(own_cache())
+    config.add_cleanup(stack.close)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

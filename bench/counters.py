@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,18 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from step1x.bench import full
-from step1x.bench.counting import Launches, flop_counter
+from step1x.bench.counting import Launches, Traffic, flop_counter
+from step1x.bench.own_cache import own_cache
 from step1x.bench.pretend import Pretend
 from step1x.bench.record import Metric, Record, counts, place
 from step1x.engine import Engine, released
 from step1x.engine.algebra import OFF, ON, Algebra
 from step1x.engine.counting import Memory
+from step1x.engine.denoise import Runner
 from step1x.engine.dit import DiT, Text
 from step1x.engine.executor import Execution
 from step1x.engine.fused import Fused
 from step1x.engine.hollow import see
 from step1x.engine.image import Canvas, image_ids
 from step1x.engine.weights import load
+from step1x.kernels.cfg_step import cfg_step_op
+from step1x.kernels.launch import assumed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +53,7 @@ TEXT_TOKENS = 560  # of the language model: template, picture and a short instru
 # Twenty canvases in the order in which an edit service might meet them, at two batch sizes.
 SWEEP = tuple(Canvas(16 * (4 + i % 5), 16 * (4 + i // 5)) for i in range(20))
 BATCHES = (1, 2)
+CHIP = 90  # whose defaults are counted: H100 and H200
 
 
 def photograph(width: int = 96, height: int = 96, moved: int = 0) -> "Image":
@@ -179,24 +185,29 @@ def graphs() -> Metrics:
 
 
 class _Stretch:
-    """Counts what is run within `with`: FLOPs, launches, and bytes at most above what was there."""
+    """Counts what is run within `with`: FLOPs, launches, elementwise traffic, and bytes above what was there."""
 
     def __init__(self) -> None:
-        self._memory, self._launches, self._flops = Memory(), Launches(), flop_counter()
+        self._memory, self._launches, self._traffic, self._flops = Memory(), Launches(), Traffic(), flop_counter()
         self._modes = ExitStack()
 
     def __enter__(self) -> Self:
-        for mode in (self._memory, self._launches, self._flops):
+        for mode in (self._memory, self._launches, self._traffic, self._flops):
             self._modes.enter_context(mode)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._modes.close()
 
+    @property
+    def launches(self) -> Counter[str]:
+        return self._launches.operators
+
     def metrics(self, name: str) -> Metrics:
         return {
             f"{name}.flops": Metric(value=self._flops.get_total_flops(), unit="FLOP", kind="count"),
             f"{name}.launches": Metric(value=self._launches.total, unit="", kind="count"),
+            f"{name}.elementwise_bytes": Metric(value=self._traffic.total, unit="B", kind="count"),
             f"{name}.peak_bytes": Metric(value=self._memory.peak, unit="B", kind="count"),
         }
 
@@ -204,7 +215,8 @@ class _Stretch:
 def full_size(canvases: Sequence[Canvas] = full.CANVASES) -> Metrics:
     """The released v1.1 in bf16 with fake tensors: both guidance branches of a step, VAE, bytes of the weights.
 
-    "plain_step" is the step without exact algebra and fused operations.
+    "guided_step" is what a GPU of CHIP runs where nothing is said, "plain_step" its velocity without exact algebra and
+    fused operations.
     """
     from torch._subclasses import FakeTensorMode
 
@@ -218,12 +230,12 @@ def full_size(canvases: Sequence[Canvas] = full.CANVASES) -> Metrics:
             size = f"full.{canvas.width}x{canvas.height}"
             pixels = torch.zeros(1, 3, canvas.height, canvas.width, dtype=dtype)
             latents = torch.zeros(1, released.VAE.z_channels, *canvas.latent_size, dtype=dtype)
-            step, plain = one_step(dit, canvas, ON), one_step(dit, canvas, OFF)
+            step, plain = guided_step(dit, canvas, Execution()), one_step(dit, canvas, OFF)
             with _Stretch() as encoding:
                 vae.encode(pixels)
             with _Stretch() as decoding:
                 vae.decode(latents)
-            stretches = {"denoise_step": step, "plain_step": plain, "encode_image": encoding, "decode": decoding}
+            stretches = {"guided_step": step, "plain_step": plain, "encode_image": encoding, "decode": decoding}
             for stage, stretch in stretches.items():
                 found |= stretch.metrics(f"{size}.{stage}")
     return found
@@ -234,6 +246,23 @@ def one_step(dit: DiT, canvas: Canvas, algebra: Algebra) -> _Stretch:
     run = full.step(dit, canvas, algebra)
     with _Stretch() as stretch:
         run()
+    return stretch
+
+
+def guided_step(dit: DiT, canvas: Canvas, execution: Execution, chip: int = CHIP) -> _Stretch:
+    """A whole step of `denoise.denoise` after the first, as `execution` runs it on a GPU, counted.
+
+    The tensors are not on one: what runs is chosen as for one, and our operations are one launch each there, too.
+    """
+    device, latents = torch.device("cuda", 0), torch.zeros(1, canvas.tokens, dit.config.in_channels)
+    reference = latents.to(dit.dtype)
+    with assumed(chip):
+        operation = partial(execution.operation, device=device)
+        fused, cfg_step = Fused(dit, operation, partial(execution.attend, device)), operation(cfg_step_op)
+        run = full.step(dit, canvas, ON, Runner(fused.velocity))
+        with _Stretch() as stretch:
+            torch.cat((latents.to(dit.dtype), reference), dim=1)
+            cfg_step(latents, run(), 6.0, -1 / 28, True, full.VARIANT.dtype_flow)
     return stretch
 
 
@@ -288,7 +317,7 @@ import step1x.engine.weights
 from step1x.engine import Engine
 from pathlib import Path
 Engine.load(device="cpu")
-root = str(Path(step1x.engine.weights.__file__).parent / "bundled")
+root = os.path.realpath(Path(step1x.engine.weights.__file__).parent / "bundled")
 opened, mapped, on = [], [], True
 def heard(event, words):
     if on and event == "open" and isinstance(words[0], str) and os.path.realpath(words[0]).startswith(root):
@@ -320,6 +349,7 @@ GROUPS: dict[str, Callable[[], Metrics]] = {
 def measure(groups: Iterable[str] = GROUPS) -> Record:
     """The counters of the named groups. Raises KeyError for an unknown one."""
     found: Metrics = {}
-    for name in groups:
-        found |= GROUPS[name]()
+    with own_cache():  # an engine in the user's would be loaded instead of the checkpoint
+        for name in groups:
+            found |= GROUPS[name]()
     return Record(suite="counters", place=place(), profile="cpu", size="all", metrics=found)

@@ -2,7 +2,7 @@
 
 Tensors are marked as being on the device, operators pass the mark on, and whatever asks for a tensor's device is told
 so. The arithmetic is the CPU's, so data-dependent code runs for real. What a GPU would refuse (operands in two places)
-is refused here, and what would make the host wait for it is counted.
+is refused here, and what would make the host wait for it is counted. `fake_cuda.py` makes a CUDA machine of it.
 """
 
 from collections import Counter
@@ -23,10 +23,16 @@ CPU = torch.device("cpu")
 DEVICE = torch.device("mps")
 FROM_HOST = (torch.tensor, torch.as_tensor)  # factories that copy values of the host
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")  # operators whose result the host needs
+INDEXING = ("index", "_unsafe_index", "index_put", "index_put_")  # operators that take indices from the host
 
 
 class Mismatch(RuntimeError):
     """An operator got tensors of two devices."""
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """The tensors in nested arguments or results."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 class Pretend:
@@ -36,12 +42,13 @@ class Pretend:
     device, by stage and reason. The stage is what `stage` was last told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = DEVICE) -> None:
         self.to_device: Counter[str] = Counter()
         self.from_device: Counter[str] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
+        self._device = device
         self._stage = ""
-        self._there = WeakIdKeyDictionary()  # storages
+        self._there = WeakIdKeyDictionary()  # storage -> its device
         self._modes = ExitStack()
 
     def stage(self, name: str) -> None:
@@ -51,31 +58,77 @@ class Pretend:
         for tensor in (*module.parameters(), *module.buffers()):
             self.mark(tensor)
 
-    def holds(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage() in self._there
+    def placed(self, device: Any) -> torch.device | None:
+        """The pretended device that is meant; None for a real one."""
+        return self._device if torch.device(device).type == self._device.type else None
 
-    def mark(self, tensor: Tensor) -> None:
-        self._there[tensor.untyped_storage()] = True
+    def device_of(self, tensor: Tensor) -> torch.device | None:
+        """The pretended device that a tensor is on; None for a real one."""
+        found: torch.device | None = self._there.get(tensor.untyped_storage())
+        return found
+
+    def holds(self, tensor: Tensor) -> bool:
+        return self.device_of(tensor) is not None
+
+    def mark(self, tensor: Tensor, device: torch.device | None = None) -> None:
+        self._there[tensor.untyped_storage()] = device or self._device
+
+    def unmark(self, tensor: Tensor) -> None:
+        self._there.pop(tensor.untyped_storage(), None)
 
     def wait(self, reason: str) -> None:
         self.waits[self._stage, reason] += 1
 
-    def moved(self, tensor: Tensor, there: bool) -> Tensor:
-        """A copy of `tensor` on the other side."""
+    def moved(self, tensor: Tensor, to: torch.device | None) -> Tensor:
+        """A copy of `tensor` on a pretended device, or None: on the host."""
         copy = tensor.clone()
         size = copy.numel() * copy.element_size()
-        if there:
-            self.mark(copy)
+        if to is not None:
+            self.mark(copy, to)
             self.to_device[self._stage] += size
         else:
-            self._there.pop(copy.untyped_storage(), None)
+            self.unmark(copy)
             self.from_device[self._stage] += size
             self.wait("copy to the host")
         return copy
 
+    def filled(self, copy: Callable[..., Tensor], place: Tensor, source: Tensor, *rest: Any, **words: Any) -> Tensor:
+        """`place.copy_(source)` of tensors on two devices."""
+        return copy(place, self.moved(source, self.device_of(place)), *rest, **words)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator on its way to the backend: results are where the operands are."""
+        operands = tensors((args, kwargs))
+        out = func(*args, **kwargs)
+        device = next((found for found in map(self.device_of, operands) if found is not None), None)
+        if device is not None:
+            self.check(func, operands)
+            for leaf in tensors(out):
+                self.mark(leaf, device)
+        return out
+
+    def check(self, func: Any, operands: Sequence[Tensor]) -> None:
+        """Raises Mismatch for operands in two places; counts what the host waits for."""
+        name = func.overloadpacket.__name__
+        indexing = name in INDEXING
+        if name in WAITING or (indexing and any(one.dtype == torch.bool for one in operands[1:])):
+            self.wait(name)
+        # CUDA takes indices, and numbers as tensors without axes, from the host.
+        places = {self.device_of(one) for one in operands if one.dim()}
+        taken = indexing and places - {None} == {self.device_of(operands[0])}
+        if len(places) > 1 and not taken:
+            shapes = [tuple(one.shape) for one in operands]
+            raise Mismatch(f"{func}: operands on {sorted(str(one or CPU) for one in places)}, shapes {shapes}")
+
+    def attached(self) -> ExitStack:
+        """Within it this thread sees the device."""
+        modes = ExitStack()
+        modes.enter_context(_Operators(self))
+        modes.enter_context(_Functions(self))
+        return modes
+
     def __enter__(self) -> Self:
-        self._modes.enter_context(_Operators(self))
-        self._modes.enter_context(_Functions(self))
+        self._modes.enter_context(self.attached())
         return self
 
     def __exit__(
@@ -92,25 +145,7 @@ class _Operators(TorchDispatchMode):
         self._pretend = pretend
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        out = func(*args, **(kwargs or {}))
-        there = [operand for operand in operands if self._pretend.holds(operand)]
-        if there:
-            self._check(func, operands)
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor):
-                    self._pretend.mark(leaf)
-        return out
-
-    def _check(self, func: Any, operands: Sequence[Tensor]) -> None:
-        name = func.overloadpacket.__name__
-        indexing = name in ("index", "index_put", "index_put_")
-        if name in WAITING or (indexing and any(one.dtype == torch.bool for one in operands[1:])):
-            self._pretend.wait(name)
-        # CUDA takes indices, and numbers as tensors without axes, from the host.
-        here = [one for one in operands if one.dim() and not self._pretend.holds(one)]
-        if here and not (indexing and self._pretend.holds(operands[0])):
-            raise Mismatch(f"{func}: operands on {DEVICE} and on the CPU, shapes {[tuple(o.shape) for o in operands]}")
+        return self._pretend.run(func, args, kwargs or {})
 
 
 class _Functions(TorchFunctionMode):
@@ -123,34 +158,43 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func == torch.Tensor.device.__get__:
-            return DEVICE if self._pretend.holds(args[0]) else func(*args)
-        if func in (torch.Tensor.to, torch.Tensor.cpu):
+            return self._pretend.device_of(args[0]) or func(*args)
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return (self._pretend.device_of(args[0]) or CPU).type == "cuda"
+        if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
             return self._to(func, args, kwargs)
-        if func is torch.Tensor.copy_ and self._pretend.holds(args[0]) != self._pretend.holds(args[1]):
-            return func(args[0], self._pretend.moved(args[1], self._pretend.holds(args[0])))
+        if func is torch.Tensor.copy_ and self._pretend.device_of(args[0]) != self._pretend.device_of(args[1]):
+            return self._pretend.filled(func, *args, **kwargs)
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and self._pretend.holds(args[0]):
             self._pretend.wait(func.__name__)
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]) != CPU:
-            return self._made(func, args, {**kwargs, "device": CPU})
+        if kwargs.get("device") is not None and self._pretend.placed(kwargs["device"]) is not None:
+            return self._made(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _made(self, func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
-        made = func(*args, **kwargs)
+        device = self._pretend.placed(kwargs["device"])
+        made = func(*args, **{**kwargs, "device": CPU})
         if func in FROM_HOST:
-            return self._pretend.moved(made, there=True)
-        self._pretend.mark(made)
+            return self._pretend.moved(made, device)
+        self._pretend.mark(made, device)
         return made
 
     def _to(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """`to`, `cpu` and `cuda`: the cast is the CPU's, the move is ours."""
         tensor, *rest = args
-        here = self._pretend.holds(tensor)
-        there = False if func is torch.Tensor.cpu else here
+        here = self._pretend.device_of(tensor)
+        there = None if func is torch.Tensor.cpu else here
+        if func is torch.Tensor.cuda:
+            given = rest[0] if rest else kwargs.pop("device", None)
+            func, rest, kwargs["device"] = torch.Tensor.to, [], "cuda" if given is None else given
         for index, one in enumerate(rest):
             if isinstance(one, torch.device | str):
-                there, rest[index] = torch.device(one) != CPU, CPU
+                there = self._pretend.placed(one)
+                rest[index] = torch.device(one) if there is None else CPU
             elif isinstance(one, Tensor):
-                there = self._pretend.holds(one)
+                there = self._pretend.device_of(one)
         if kwargs.get("device") is not None:
-            there, kwargs["device"] = torch.device(kwargs["device"]) != CPU, CPU
-        out = func(tensor, *rest, **kwargs)
+            there = self._pretend.placed(kwargs["device"])
+            kwargs["device"] = torch.device(kwargs["device"]) if there is None else CPU
+        out: Tensor = func(tensor, *rest, **kwargs)
         return out if there == here else self._pretend.moved(out, there)

@@ -20,7 +20,7 @@ def quant() -> None:
 
 @quant.command(epilog=EXIT_CODES)
 @click.option("--model", metavar="MODEL", help="Folder of weights or Hub id.  [default: bundled]")
-@click.option("--profile", metavar="NAME", help="Profile or .toml file.  [default: bf16-80gb on CUDA, else cpu]")
+@click.option("--profile", metavar="NAME", help="Profile or .toml file.  [default: auto]")
 @click.option("--device", type=DeviceName(), metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--component", type=click.Choice(COMPONENTS), default="dit", show_default=True, help="What is quantised.")
 @click.option("--scheme", "schemes", multiple=True, type=click.Choice(QUANTISED), help="Only these.  [default: all]")

@@ -21,7 +21,7 @@ from step1x.bench.record import Metric, Record, place
 from step1x.engine import Engine
 from step1x.engine.algebra import OFF, ON
 from step1x.engine.errors import InputError
-from step1x.profiles import default_profile
+from step1x.engine.loading import wanted_profile
 from step1x.quant.linear import QuantizedLinear, chosen
 from step1x.quant.rules import Component
 from step1x.quant.schemes import Scheme
@@ -92,7 +92,7 @@ def measure(settings: Settings) -> Record:
     return Record(
         suite="quantisation",
         place=place(device_name(engine.device)),
-        profile=settings.profile or default_profile(cuda=engine.device.type == "cuda"),
+        profile=wanted_profile(settings.profile, {"device": settings.device}, settings.model).name,
         size=str(settings.size or engine.variant.size),
         metrics=metrics,
         notes={

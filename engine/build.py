@@ -54,7 +54,7 @@ from step1x.engine.save import check_room
 from step1x.engine.store import MANIFEST, PROCESSOR, Draft, Manifest, Say, engines_folder, locked
 from step1x.engine.text import Conditioner, load_processor
 from step1x.engine.weights import assemble, check, check_fit, dit_targets, renamed, shapes, text_digest, vae_targets
-from step1x.kernels.launch import PAYS, nearest
+from step1x.kernels.launch import EXCEPTIONS, nearest
 from step1x.profiles import Profile
 from step1x.quant.linear import QuantizedLinear, quantise
 from step1x.quant.schemes import Scheme
@@ -235,7 +235,8 @@ class Order:
     def of(cls, source: Source, profile: Profile, blocks: int | None) -> "Order":
         settings = {
             CONFIG: store.canonical(source.config.as_json()),
-            PROFILE: profile.model_dump_json(indent=1).encode(),
+            # Who multiplies is chosen at each load: the engine is the same.
+            PROFILE: profile.model_dump_json(indent=1, exclude={"products"}).encode(),
         }
         chip, backend = architecture(profile.device), Backend.of(profile)
         facts = {
@@ -246,7 +247,7 @@ class Order:
             "versions": versions(),
             "architecture": chip,
             "compilation": _compilation(profile, chip),
-            "kernels": {"use": profile.kernels, "attention": profile.attention, "faster": _faster(chip)},
+            "kernels": {"use": profile.kernels, "attention": profile.attention, "exceptions": _exceptions(chip)},
             **backend.facts,
         }
         return cls(profile=profile, backend=backend, settings=settings, facts=facts)
@@ -262,9 +263,9 @@ def _compilation(profile: Profile, chip: str) -> str:
     return "waits for a GPU" if chip == "none" else "at the first edit of each size"
 
 
-def _faster(chip: str) -> list[str]:
-    """Our kernels that were measured to be faster on a GPU such as sm_90."""
-    return sorted(PAYS.get(nearest(int(chip[3:])), ())) if chip.startswith("sm_") else []
+def _exceptions(chip: str) -> list[str]:
+    """Our kernels that are not used by default on a GPU such as sm_90."""
+    return sorted(EXCEPTIONS.get(nearest(int(chip[3:])), ())) if chip.startswith("sm_") else []
 
 
 @contextmanager

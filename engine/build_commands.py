@@ -44,8 +44,8 @@ def build(*, profile: str | None, output: str | None, as_json: bool, quiet: bool
     from step1x.engine.progress import Progress, terminal
     from step1x.engine.store import Manifest
 
-    given = {"backend": words.pop("backend"), "target": words.pop("target")}
-    wanted = wanted_profile(profile, given)
+    given, model = {"backend": words.pop("backend"), "target": words.pop("target")}, words.pop("model")
+    wanted = wanted_profile(profile, given, model)
     console = terminal(quiet)
 
     def say(line: str) -> None:
@@ -53,7 +53,7 @@ def build(*, profile: str | None, output: str | None, as_json: bool, quiet: bool
             click.echo(line, err=True)
 
     with Progress(console) as progress:
-        folder = find_or_build(words.pop("model"), wanted, say=say, into=output, progress=progress, **words)
+        folder = find_or_build(model, wanted, say=say, into=output, progress=progress, **words)
     if as_json:
         manifest = Manifest.read(folder)
         size = sum(file.size for file in manifest.files.values())

@@ -49,9 +49,10 @@ BRANCHES_HELP = "Both forwards of guidance at once, or one by one.  [default: th
 ALGEBRA_HELP = "Rewrites that change rounding only.  [default: on]"
 CALIBRATION_HELP = "What `calibrate` has fitted to the model, for speeds.  [default: the model's]"
 SPEED_HELP = "How much is left out of the steps; exact: nothing.  [default: the profile's]"
-KERNELS_HELP = "Our own on a GPU: those measured to be faster, all, none.  [default: the profile's]"
+KERNELS_HELP = "Our own on a GPU: all but what loses on its chip, all, none.  [default: the profile's]"
 ATTENTION = ["auto", "sdpa", "merged", "triton", "fp8", "flash3", "sage"]
 ATTENTION_HELP = f"Who computes attention: {', '.join(ATTENTION)}.  [default: the profile's]"
+PRODUCTS_HELP = "Who multiplies rows quantised as they come.  [default: the profile's]"
 COMPILE_HELP = "Compile: a slow first edit of each size, then faster ones.  [default: the profile's]"
 STRENGTH_HELP = "Noise added to the source, above 0; 1 is all of it.  [default: start from noise]"
 
@@ -157,6 +158,7 @@ class Job:
     calibration: str | None
     kernels: str | None
     attention: str | None
+    products: str | None
     compiled: bool | None
     backend: str | None
     trust_engine: bool
@@ -210,6 +212,7 @@ class Job:
 @click.option("--calibration", metavar="FILE", help=CALIBRATION_HELP)
 @click.option("--kernels", type=click.Choice(["auto", "on", "off"]), help=KERNELS_HELP)
 @click.option("--attention", type=click.Choice(ATTENTION), metavar="NAME", help=ATTENTION_HELP)
+@click.option("--products", type=click.Choice(["auto", "torch", "torchao"]), help=PRODUCTS_HELP)
 @click.option("--compile/--no-compile", "compiled", default=None, help=COMPILE_HELP)
 @click.option("--backend", type=click.Choice(BACKENDS), help=BACKEND_HELP)
 @click.option("--trust-engine", is_flag=True, help="Run the code of an exported engine that is not in your cache.")
@@ -276,6 +279,7 @@ def _run(job: Job, picture: "Picture") -> "Edit":
             progress=progress,
             kernels=job.kernels,
             attention=job.attention,
+            products=job.products,
             compiled=job.compiled,
             backend=job.backend,
             trust_engine=job.trust_engine,
@@ -360,13 +364,17 @@ def convert(source: str, target: str, layout: "Layout") -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @debug_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine can run."""
-    from step1x.engine.doctor import examine, report, verdicts
+    """Say what this machine can run, what an edit would use here, and why.
+
+    On a GPU the kernels are checked, which takes a second or two; --json is what a bug report should carry.
+    """
+    from step1x.engine.doctor import examine, report, verdicts, what_is_used
 
     machine = examine()
     if as_json:
         profiles = [dataclasses.asdict(verdict) for verdict in verdicts(machine)]
-        click.echo(json.dumps({**dataclasses.asdict(machine), "profiles": profiles}, indent=2))
+        used = [dataclasses.asdict(found) for found in what_is_used(machine)]
+        click.echo(json.dumps({**dataclasses.asdict(machine), "profiles": profiles, "uses": used}, indent=2))
     else:
         click.echo(report(machine))
 

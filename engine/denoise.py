@@ -6,7 +6,7 @@ latents too, unless it is left to each step (algebra.py). All state is local to 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,12 +23,33 @@ Velocity = Callable[[Tensor, Step, Rope, int | None], Tensor]  # as `DiT.velocit
 RowsVelocity = Callable[[Tensor, Step, Rope, int | None, Active], Tensor]  # as `Fused.velocity`
 
 
+class Halves(NamedTuple):
+    """A velocity in two: the rows (batch, N, width) behind the blocks, and the velocity at them.
+
+    blocks, rows: as `Runner.velocity` and `Runner.rows`, but for what comes out. final: of rows and `mods.final`.
+    """
+
+    blocks: Velocity
+    rows: RowsVelocity | None
+    final: Callable[[Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, dit: DiT) -> Self:
+        """In plain torch."""
+
+        def blocks(tokens: Tensor, step: Step, rope: Rope, kept: int | None) -> Tensor:
+            return dit.transform(dit.img_in(tokens.to(dit.dtype)), step, rope, kept)
+
+        return cls(blocks, None, dit.final_layer)
+
+
 @dataclass(frozen=True, slots=True)
 class Runner:
     """What runs a step: the velocity, and guidance with the Euler step (kernels/cfg_step.py; None: in plain torch).
 
     multiple: text rows come in multiples of this. coarse: runs the steps that begin within `stretch`, shares of all
-    steps. rows: runs steps that keep keys and values, or compute some rows alone.
+    steps. rows: runs steps that keep keys and values, or compute some rows alone. halves: the velocity in two; None:
+    what runs it gives nothing out in between, as an exported engine.
     """
 
     velocity: Velocity
@@ -37,6 +58,7 @@ class Runner:
     coarse: Velocity | None = None
     stretch: tuple[float, float] = (0.0, 1.0)
     rows: RowsVelocity | None = None
+    halves: Halves | None = None
 
     def at(self, share: float) -> Velocity:
         """What runs the step that begins when `share` of the steps are done."""
@@ -94,7 +116,7 @@ def branches(
 
     image_ids: (1, tokens, 3). runner: by default `dit.velocity` and plain torch.
     """
-    runner = runner or Runner(dit.velocity)
+    runner = runner or Runner(dit.velocity, halves=Halves.of(dit))
     if batched:
         groups = [[one for group in groups for one in group]]
     made = []

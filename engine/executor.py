@@ -14,23 +14,29 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from step1x.engine.backends import exported_runner
 from step1x.engine.caches import cache_folder, make_private
-from step1x.engine.denoise import Runner, Velocity
+from step1x.engine.denoise import Halves, RowsVelocity, Runner, Velocity
 from step1x.engine.dit import DiT, Rope, Step, here
 from step1x.engine.errors import InputError
 from step1x.engine.fused import Fused
+from step1x.engine.kept import Active
 from step1x.engine.vae import VAE
 from step1x.engine.weights import Components
 from step1x.kernels.attention import attention_op
-from step1x.kernels.attention_backends import Attention, choose
+from step1x.kernels.attention_backends import Attention, checked_by, choose
 from step1x.kernels.cfg_step import cfg_step_op
-from step1x.kernels.launch import Op, pays
+from step1x.kernels.checks import right
+from step1x.kernels.launch import Op, by_default
+from step1x.kernels.merge_biased import merge_biased_op
 from step1x.profiles import BackendName, Profile
+from step1x.quant.choice import Products
+from step1x.quant.linear import use_products
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +50,12 @@ GRAPHS = 8  # captured steps that are kept: one for each size, aspect and length
 class Execution:
     """How a loaded model runs."""
 
-    kernels: str = "auto"  # our own on a GPU: "auto" for those measured to be faster on it, "on" for all, or "off"
+    kernels: str = "auto"  # our own on a GPU: "auto" for all but the exceptions of its chip, "on" for all, or "off"
     attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
     backend: BackendName = "torch"
     compiled: bool = False  # compile the blocks: the first edit of a size is slow, the others fast
     strip_pixels: int = 1 << 21  # larger pictures go through the autoencoder in strips: the same in half the memory
+    products: Products = "auto"  # who multiplies quantised rows (quant/choice.py)
     fp8_attention: tuple[float, float] | None = None  # shares of the steps between which attention is 8-bit
 
     def __post_init__(self) -> None:
@@ -62,7 +69,9 @@ class Execution:
 
     def operation(self, op: Op, device: torch.device) -> Callable[..., Any]:
         """What runs an operation on a device: where no kernel does, its reference, without the dispatcher's 0.2 ms."""
-        wanted = self.kernels == "on" or (self.kernels == "auto" and pays(op.name, device))
+        wanted = self.kernels == "on" or (self.kernels == "auto" and by_default(op, device))
+        if wanted and device.type == "cuda":  # its first use there is a check (kernels/checks.py)
+            wanted = right(op, device, cache_folder() / "kernels")
         return op.call if wanted else op.reference
 
     def attend(self, device: torch.device, biased: tuple[int, int] | None) -> Attention:
@@ -70,14 +79,25 @@ class Execution:
 
         Raises InputError for a backend that is not there.
         """
-        if self.attention == "auto" and (self.kernels == "on" or device.type != "cuda"):
+        if self.attention == "auto" and device.type != "cuda":
             attend: Attention = self.operation(attention_op, device)
             return attend
+        keys = None if biased is None else slice(*biased)
         try:
-            found = choose(self.attention, device, None if biased is None else slice(*biased))
+            found = choose(self.attention, device, keys, self.operation(merge_biased_op, device))
         except ValueError as error:
             raise InputError(str(error)) from error
-        return choose("sdpa", device) if biased is None and self.attention not in ("triton", "fp8") else found
+        op = checked_by(self.attention, device, keys) if device.type == "cuda" else None
+        usable = op is None or right(op, device, cache_folder() / "kernels")
+        told = biased is not None or self.attention in ("triton", "fp8")
+        return found if usable and told else choose("sdpa", device)
+
+    def choose_products(self, module: nn.Module, device: torch.device) -> None:
+        """Sets who multiplies in the quantised layers of a module. Raises InputError if torchao cannot be had."""
+        try:
+            use_products(module, self.products, device)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 DEFAULT = Execution()
@@ -89,6 +109,7 @@ def prepared(components: Components, execution: Execution) -> Runner:
     Raises InputError for an attention backend that is not there.
     """
     components.vae.strip_pixels = execution.strip_pixels
+    execution.choose_products(components.conditioner.model, components.dit.device)
     if components.exported is not None:
         return exported_runner(
             components.exported, None if is_hollow(components.dit) else stepper(components.dit, DEFAULT)
@@ -104,28 +125,40 @@ def is_hollow(dit: DiT) -> bool:
     return any(parameter.is_meta for parameter in dit.parameters())
 
 
-def stepper(dit: DiT, execution: Execution, backend: str = "inductor") -> Runner:
-    """What runs the steps of a transformer. backend: of torch.compile.
+def captures(dit: DiT, execution: Execution) -> bool:
+    """Whether steps run as CUDA graphs.
+
+    A graph reads weights where they were when it was captured, so blocks that come and go are run without.
+    """
+    return execution.compiled and dit.device.type == "cuda" and dit.present is here
+
+
+def stepper(dit: DiT, execution: Execution, backend: str = "inductor", *, graphs: bool = True) -> Runner:
+    """What runs the steps of a transformer. backend: of torch.compile. graphs: as CUDA graphs, where it `captures`.
 
     Raises InputError for an attention backend that is not there.
     """
+    execution.choose_products(dit, dit.device)
     fused = fused_of(dit, execution, backend)
-    # A graph reads weights where they were when it was captured, so blocks that come and go are run without.
-    captured = execution.compiled and dit.device.type == "cuda" and dit.present is here
+    shared = Graphs() if graphs and captures(dit, execution) else None
 
-    def whole(one: Fused) -> Velocity:
-        return Replay(one.velocity) if captured else one.velocity
+    def whole(run: Velocity) -> Velocity:
+        return run if shared is None else Replay(run, shared)
+
+    def rows(run: RowsVelocity) -> RowsVelocity:
+        return run if shared is None else ReplayRows(run, shared)
 
     runner = Runner(
-        whole(fused),
+        whole(fused.velocity),
         execution.operation(cfg_step_op, dit.device),
         TEXT_BUCKET if execution.compiled else 1,
-        rows=fused.velocity,
+        rows=rows(fused.velocity),
+        halves=Halves(whole(fused.blocks), rows(fused.blocks), fused.final_block),
     )
     if execution.fp8_attention is None:
         return runner
     coarse = fused_of(dit, replace(execution, attention="fp8"), backend)
-    return replace(runner, coarse=whole(coarse), stretch=execution.fp8_attention)
+    return replace(runner, coarse=whole(coarse.velocity), stretch=execution.fp8_attention)
 
 
 def fused_of(dit: DiT, execution: Execution, backend: str = "inductor") -> Fused:
@@ -166,6 +199,48 @@ class Captured:
     given: list[Tensor]
     out: Tensor
 
+    def replay(self, given: Sequence[Tensor]) -> Tensor:
+        torch._foreach_copy_(self.given, list(given))
+        self.graph.replay()
+        return self.out.clone()  # the next replay writes there again
+
+
+class Graphs:
+    """What the captured steps of a model share: one pool of memory, and the turn to use it.
+
+    Together they take what the largest step takes: only one runs at a time, and what it gave is copied before the next.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._pool: Any = None
+
+    def capture(self, run: Callable[..., Tensor], given: Sequence[Tensor], like: Step, *rest: Any) -> Captured:
+        """A graph of `run`, which ran before: it is compiled, and libraries have chosen and reserved.
+
+        given: the leaves of its arguments, `like` their step; rest: what follows them, read where it is. Raises
+        OutOfMemoryError, also for what a capture makes of it.
+        """
+        current = torch.cuda.current_stream(given[0].device)
+        place = [torch.empty_like(one, memory_format=torch.contiguous_format).copy_(one) for one in given]
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads encode and decode meanwhile: what they reserve must not end the capture.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                out = run(*assembled(place, like), *rest)
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
+            if ran_out(error):
+                raise torch.OutOfMemoryError(f"out of memory while a step was captured: {error}") from error
+            raise
+        return Captured(graph, place, out)
+
+
+def shapes_of(given: Sequence[Tensor], step: Step, kept: int | None) -> Any:
+    """What a graph is good for: the shapes of its tensors, and which keys carry a bias."""
+    return (kept, step.bias is None, step.biased, *((one.shape, one.dtype) for one in given))
+
 
 class Replay:
     """A velocity as CUDA graphs: captured once for each set of shapes, replayed after that.
@@ -173,41 +248,68 @@ class Replay:
     A step's tensors are copied to where the graph reads them: some MB, most of them modulations.
     """
 
-    def __init__(self, run: Callable[[Tensor, Step, Rope, int | None], Tensor]) -> None:
+    def __init__(self, run: Velocity, graphs: Graphs | None = None) -> None:
         self._run = run
+        self._graphs = graphs or Graphs()
         self._captured: OrderedDict[Any, Captured] = OrderedDict()
-        self._lock = threading.Lock()  # all replays share the tensors that the graphs read
 
     def __call__(self, tokens: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
-        with self._lock:
-            return self._replayed(tokens, step, rope, kept)
-
-    def _replayed(self, tokens: Tensor, step: Step, rope: Rope, kept: int | None) -> Tensor:
         given = leaves(tokens, step, rope)
-        key = (kept, step.bias is None, step.biased, *((one.shape, one.dtype) for one in given))
-        found = self._captured.pop(key, None)
-        if found is None:
-            found = self._capture(given, step, kept)
-        self._captured[key] = found
-        if len(self._captured) > GRAPHS:
-            self._captured.popitem(last=False)
-        torch._foreach_copy_(found.given, given)
-        found.graph.replay()
-        return found.out.clone()  # the next replay writes there again
+        key = shapes_of(given, step, kept)
+        with self._graphs.lock:
+            found = self._captured.pop(key, None)
+            if found is None:
+                if len(self._captured) >= GRAPHS:
+                    self._captured.popitem(last=False)
+                self._warm(given, step, kept)
+                found = self._graphs.capture(self._run, given, step, kept)
+            self._captured[key] = found
+            return found.replay(given)
 
-    def _capture(self, given: Sequence[Tensor], like: Step, kept: int | None) -> Captured:
-        place = [torch.empty_like(one, memory_format=torch.contiguous_format).copy_(one) for one in given]
-        tokens, step, rope = assembled(place, like)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+    def _warm(self, given: Sequence[Tensor], like: Step, kept: int | None) -> None:
+        """Runs twice, on a stream of its own, as PyTorch asks for before a capture."""
+        device = given[0].device
+        current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, and lets libraries choose and reserve
-                self._run(tokens, step, rope, kept)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self._run(tokens, step, rope, kept)
-        return Captured(graph, place, out)
+            for _ in range(2):
+                self._run(*assembled(given, like), kept)
+        current.wait_stream(stream)
+
+
+class ReplayRows:
+    """Steps that keep keys and values, or compute some rows alone, as CUDA graphs of one request.
+
+    A graph reads and writes keys and values where they are, and they are the request's: it dies with them. So the first
+    step of a kind runs as it is, which warms up; the second is captured, and those after it replayed.
+    """
+
+    def __init__(self, run: RowsVelocity, graphs: Graphs) -> None:
+        self._run = run
+        self._graphs = graphs
+        self._met: WeakKeyDictionary[Active, dict[Any, Captured | None]] = WeakKeyDictionary()
+
+    def __call__(self, tokens: Tensor, step: Step, rope: Rope, kept: int | None, active: Active) -> Tensor:
+        given = leaves(tokens, step, rope)
+        key = shapes_of(given, step, kept)
+        with self._graphs.lock:
+            met = self._met.setdefault(active, {})
+            if key not in met:
+                met[key] = None
+                return self._run(tokens, step, rope, kept, active)
+            found = met[key]
+            if found is None:
+                found = met[key] = self._graphs.capture(self._run, given, step, kept, active)
+            return found.replay(given)
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether memory ran out, however deep below an error: a capture ends in one of its own."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def leaves(tokens: Tensor, step: Step, rope: Rope) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The blocks of dit.py through the operations of kernels/: the same function in a seventh of the launches.
+"""The blocks of dit.py through the operations of kernels/: the same function in a sixth of the launches.
 
 A residual connection, the next block's normalisation and its modulation are one operation; so are both norms, both
 rotations and the layout of queries and keys; GELU writes where the next product reads. What an fp8 layer takes leaves
@@ -20,7 +20,7 @@ from step1x.kernels.attention_backends import Attention
 from step1x.kernels.gated_residual import gated_residual_adaln_fp8_op, gated_residual_adaln_op, gated_residual_op
 from step1x.kernels.gelu_quant import gelu_join_op, gelu_quant_op
 from step1x.kernels.launch import Op
-from step1x.kernels.qk_norm_rope import qk_norm_rope_op, qk_norm_rope_scatter_op
+from step1x.kernels.qk_norm_rope import qk_norm_rope_op, qk_norm_rope_scatter_op, qk_norm_rope_single_op
 from step1x.quant.linear import QuantizedLinear, Rows, product_of_rows
 
 Choose = Callable[[Op], Callable[..., Any]]  # what runs an operation: its kernel or its reference
@@ -47,6 +47,10 @@ class Feed(NamedTuple):
 Ahead = tuple[Tensor, Feed]  # of the next block: its modulation, and what feeds its first layer
 
 
+def takes_fp8(layer: nn.Module) -> bool:
+    return isinstance(layer, QuantizedLinear) and layer.scheme == "fp8"
+
+
 def fp8_feed(choose: Choose) -> Feed:
     """The operations that quantise what they write."""
     residual_adaln = choose(gated_residual_adaln_fp8_op)
@@ -71,8 +75,9 @@ class Fused:
         self.heads = dit.config.heads
         self.residual = choose(gated_residual_op)
         self.plain = Feed(choose(adaln_op), choose(gated_residual_adaln_op), choose(gelu_join_op))
-        self.fp8 = fp8_feed(choose)
+        self.fp8 = fp8_feed(choose) if any(map(takes_fp8, dit.modules())) else self.plain
         self.qk_norm_rope = choose(qk_norm_rope_op)
+        self.qk_norm_rope_single = choose(qk_norm_rope_single_op)
         self.qk_norm_rope_scatter = choose(qk_norm_rope_scatter_op)
         self.double = list(cast("Iterable[DoubleBlock]", dit.double_blocks))
         self.single = list(cast("Iterable[SingleBlock]", dit.single_blocks))
@@ -84,7 +89,7 @@ class Fused:
 
     def feed(self, layer: nn.Module) -> Feed:
         """What makes the rows that a layer takes."""
-        return self.fp8 if isinstance(layer, QuantizedLinear) and layer.scheme == "fp8" else self.plain
+        return self.fp8 if takes_fp8(layer) else self.plain
 
     def velocity(
         self, tokens: Tensor, step: Step, rope: Rope, kept: int | None = None, active: Active | None = None
@@ -93,6 +98,12 @@ class Fused:
 
         active: tokens and rope are of these rows, which attend to what is kept of all, and replace their own there.
         """
+        return self.final_block(self.blocks(tokens, step, rope, kept, active), step.mods.final)
+
+    def blocks(
+        self, tokens: Tensor, step: Step, rope: Rope, kept: int | None = None, active: Active | None = None
+    ) -> Tensor:
+        """As `velocity`, but the rows (batch, kept or N, width) behind all blocks, of which `final_block` makes it."""
         texts, mods, bias = step.text.shape[1], step.mods, None
         if step.bias is not None:
             others = tokens.shape[1] if active is None else active.kept.rows - texts
@@ -100,24 +111,28 @@ class Fused:
         keys = Keys(self._attention(None if step.biased is None else (texts - step.biased, texts)), bias)
         image = slice(texts, None if kept is None else texts + kept)
         # What goes from one function to the next has no name here: it would stay for as long as that runs.
-        rows = self._single(self._double(tokens, step.text, mods, rope, keys, active), mods, rope, keys, image, active)
-        return self.final_block(rows, mods.final)
+        return self._single(self._double(tokens, step.text, mods, rope, keys, active), mods, rope, keys, image, active)
 
     def _heads(
         self, image: Tensor, text: Tensor | None, scales: tuple[Tensor, Tensor | None], rope: Rope, keys: Keys
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q of the rows whose products are given, k and v that they attend to."""
         place = keys.place
-        if place is None:
-            out: tuple[Tensor, Tensor, Tensor] = self.qk_norm_rope(image, text, *scales, *rope, self.heads)
-            return out
-        if isinstance(place.keys, Tensor):
+        if place is not None and isinstance(place.keys, Tensor):
             q = self.qk_norm_rope_scatter(image, text, *scales, *rope, self.heads, *place[:3])
             return q, place.keys, cast("Tensor", place.values)
-        q, k, v = self.qk_norm_rope(image, text, *scales, *rope, self.heads)
-        for store, new in ((place.keys, k), (cast("Rows8", place.values), v)):
+        if text is None:  # v stays where the product left it
+            both = image.shape[-1] // 3 * 2
+            q, k = self.qk_norm_rope_single(image[..., :both], scales[0], *rope, self.heads)
+            v = image[..., both:].unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        else:
+            q, k, v = self.qk_norm_rope(image, text, *scales, *rope, self.heads)
+        if place is None:
+            return q, k, v
+        stores = cast("Rows8", place.keys), cast("Rows8", place.values)
+        for store, new in zip(stores, (k, v), strict=True):
             store.write(place.joint, new)
-        return q, place.keys.read(q.dtype), cast("Rows8", place.values).read(q.dtype)
+        return q, stores[0].read(q.dtype), stores[1].read(q.dtype)
 
     def _attention(self, biased: tuple[int, int] | None) -> Attention:
         """The same object for the same keys, so that compiled blocks know it again."""

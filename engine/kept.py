@@ -95,9 +95,9 @@ def kept_bytes(config: DiTConfig, rows: int, itemsize: int) -> int:
     return 2 * (config.depth + config.depth_single) * rows * config.heads * (config.head_dim * itemsize + scale)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Active:
-    """The image rows that a step computes, and what is kept of all."""
+    """The image rows that a step computes, and what is kept of all. One is equal to itself alone."""
 
     kept: Kept
     image: Tensor  # (batch or 1, n) int64: of the image's rows

@@ -1,21 +1,24 @@
 """What Engine.load loads: the profile that is meant, its device, and the components of a model for both."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from step1x.engine.backends import HOLLOW, backend_at, with_exported
 from step1x.engine.build import find, find_or_build
+from step1x.engine.card import card_at
 from step1x.engine.errors import InputError
 from step1x.engine.executor import Execution
-from step1x.engine.named_profile import named_profile
+from step1x.engine.named_profile import AUTO, named_profile
 from step1x.engine.parts import load_engine_folder, load_profile_of
 from step1x.engine.progress import Progress
-from step1x.engine.residency import RESIDENT
+from step1x.engine.residency import RESIDENT, given_back
 from step1x.engine.store import MANIFEST
 from step1x.engine.weights import Components, load
-from step1x.profiles import Profile, Residency, default_profile
+from step1x.profiles import Profile, Residency
+from step1x.quant.choice import product_of
 
 SETTINGS = (
     "device",
@@ -30,7 +33,7 @@ LOADING = ("profile", "variant", "fix_quotes", "cache", "calibration", "say", "p
 def wanted_profile(name: str | Path | None, settings: Mapping[str, object], model: str | Path | None = None) -> Profile:
     """The profile with what differs from it; None and the device "auto" leave it as it is. Raises InputError.
 
-    model: if it is an engine, its profile is the default.
+    model: if it is an engine, its profile is the default; else the one that suits model and device, as with "auto".
     """
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise InputError(f"unknown option {', '.join(unknown)}; known: {', '.join(LOADING)}")
@@ -40,10 +43,10 @@ def wanted_profile(name: str | Path | None, settings: Mapping[str, object], mode
         given |= dict.fromkeys(("dtype", "vae_dtype"), str(dtype).removeprefix("torch."))
     built, cuda = _engine_at(model), torch.cuda.is_available()
     try:
-        if built is not None and name is None:
+        if built is not None and name in (None, AUTO):
             found = load_profile_of(built)
         else:
-            found = named_profile(default_profile(cuda=cuda) if name is None else name)
+            found = named_profile(name or AUTO, model, given)
         if given.get("device", found.device) == "auto":
             given["device"] = "cuda" if cuda else "cpu"
         wanted = found.changed(given)
@@ -55,14 +58,29 @@ def wanted_profile(name: str | Path | None, settings: Mapping[str, object], mode
 
 
 def checked_device(name: str) -> torch.device:
-    """The device of that name. Raises InputError if this machine has none such."""
+    """The device of that name, with its index. Raises InputError if this machine has none such."""
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(0, device=name).device  # takes no memory, which may be gone
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"device {name!r} cannot be used here: {reason}") from error
     return device
+
+
+@contextmanager
+def fitting(model: str | Path | None, profile: Profile) -> Iterator[None]:
+    """What is loaded within it for a profile fits the GPU, or an InputError says which profile would."""
+    from step1x.engine.auto_profile import fitting_profile
+
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError:
+        pass  # what was loaded is freed with it
+    device = checked_device(profile.device)
+    given_back(device)
+    fits = fitting_profile(model, card_at(str(device)), below=profile) or "no shipped profile takes less"
+    raise InputError(f"out of GPU memory while loading with profile {profile.name} on {device}; {fits}")
 
 
 def home_of(profile: Profile) -> tuple[torch.device, Residency]:
@@ -86,6 +104,7 @@ def components_for(
     Arguments as those of `Engine.load`. Raises InputError.
     """
     device, residency = home_of(profile)
+    _check_products(profile, device)
     built = _engine_at(model)
     if built is None and (profile.quantises or profile.backend != "torch"):
         built = find_or_build(model, profile, say=say, progress=progress)
@@ -111,6 +130,15 @@ def components_for(
         fix_quotes=fix_quotes,
         residency=residency,
     )
+
+
+def _check_products(profile: Profile, device: torch.device) -> None:
+    """Raises InputError if torchao is asked for and cannot be had: before minutes of building."""
+    try:
+        for scheme in profile.weights.model_dump().values():
+            product_of(profile.products, scheme, device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _engine_at(model: str | Path | None) -> Path | None:

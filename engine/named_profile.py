@@ -1,26 +1,28 @@
-"""The profile that a word stands for: a name, a .toml file, or "auto" for the one that suits this machine."""
+"""The profile that a word stands for: a name, a .toml file, or "auto" for the one that suits model and device."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from step1x.engine.errors import InputError
-from step1x.profiles import Profile, default_profile, load_profile, profile_for
+from step1x.profiles import Profile, load_profile
 
 AUTO = "auto"
 
 
-def named_profile(word: str | Path) -> Profile:
-    """The profile. Raises InputError, one line, for one that is not there or not right."""
+def named_profile(
+    word: str | Path, model: str | Path | None = None, changes: Mapping[str, object] | None = None
+) -> Profile:
+    """The profile. Raises InputError, one line, for one that is not there or not right, and if "auto" finds none.
+
+    model, changes: what "auto" is planned for, and what will differ from the profile; of these `device` says for which
+    device of this machine.
+    """
+    changes = changes or {}
     try:
-        return load_profile(_for_this_machine() if word == AUTO else word)
+        if word != AUTO:
+            return load_profile(word)
+        from step1x.engine.auto_profile import for_device
+
+        return load_profile(for_device(str(changes.get("device", AUTO)), model, changes))
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-def _for_this_machine() -> str:
-    """The profile for the first GPU, or for none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return default_profile(cuda=False)
-    card = torch.cuda.get_device_properties(0)
-    return profile_for(card.total_memory / 1e9, float(f"{card.major}.{card.minor}"))

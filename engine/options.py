@@ -12,7 +12,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 SPEEDS = ("exact", "balanced", "fast", "turbo")  # as profiles.Speed, which is not imported for --help
 BACKENDS = ("torch", "aoti", "onnx", "tensorrt")  # as profiles.BackendName, likewise
 BACKEND_HELP = "What runs the steps: torch, or an engine exported for another.  [default: the profile's]"
-PROFILE_HELP = "Profile, .toml file, or auto: by the card.  [default: bf16-80gb on CUDA, else cpu]"
+PROFILE_HELP = "Profile, .toml file, or auto: the most faithful that is fast on the card.  [default: auto]"
 DEBUG_HELP = "Show tracebacks and the libraries' logs."
 
 

@@ -1,6 +1,5 @@
 """Engine: load a model once, edit many pictures with it. The stages of an edit in order, and nothing else."""
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,10 +22,10 @@ from step1x.engine.calibration import (
 from step1x.engine.denoise import Guidance, Loop, branches, denoise
 from step1x.engine.embeddings import CachedConditioner, EmbeddingCache
 from step1x.engine.errors import InputError
-from step1x.engine.executor import DEFAULT, Execution, is_hollow, prepared, stepper
+from step1x.engine.executor import DEFAULT, Execution, captures, is_hollow, prepared, stepper
 from step1x.engine.health import first_lost, is_flat
 from step1x.engine.image import Canvas
-from step1x.engine.loading import LOADING, components_for, home_of, wanted_profile
+from step1x.engine.loading import LOADING, components_for, fitting, home_of, wanted_profile
 from step1x.engine.mask import open_mask
 from step1x.engine.picture import Picture, Source, open_picture
 from step1x.engine.policy import Dense
@@ -44,7 +43,7 @@ from step1x.engine.request import (
     checked_seed,
     chosen,
 )
-from step1x.engine.residency import RESIDENT, Home, limit
+from step1x.engine.residency import RESIDENT, Home, current, given_back, limit
 from step1x.engine.schedule import timesteps
 from step1x.engine.selection import token_mask
 from step1x.engine.skipping import Done, Skipping, by_mask, by_similarity, skip, watched
@@ -63,6 +62,7 @@ log = logging.getLogger(__name__)
 # by more than rounding.
 EASINGS = (
     "autoencoder in strips",
+    "steps without CUDA graphs",
     "text model evicted",
     "keys and values in 8 bits",
     "guidance one by one",
@@ -98,12 +98,15 @@ class Engine:
         self.name = components.name
         self.digest = components.digest
         self._home = Home(components, residency, components.dit.device)
+        self._components = components
         self._execution = execution
+        self._graphs = True  # steps may be captured
         self._defaults = defaults or Defaults()
         norms, self._fitted_to = constants or published(self.variant)
         self._presets, self._masked = presets(norms), masked(norms)
         self._say: Callable[[str], None] | None = say  # None: what is to be said was
-        self._runner = prepared(components, execution)
+        with current(self.device):
+            self._runner = prepared(components, execution)
         self._exported = components.exported is not None
         self._coarse = bool(execution.fp8_attention or execution.attention == "fp8" or dynamic(components.dit))
 
@@ -124,8 +127,8 @@ class Engine:
         """Load a model once, for many edits.
 
         model: a folder in the official or the diffusers layout or that of an engine, a Hub id, or None for the bundled
-        one. profile: where and how precisely, by name or .toml file, or "auto" for the one that suits the card
-        (default: the engine's own, else bf16-80gb with CUDA or cpu). If it quantises, or an engine was built for it, an
+        one. profile: where and how precisely, by name or .toml file, or "auto" for the most faithful that is fast on
+        the card (default: the engine's own, else auto). If it quantises, or an engine was built for it, an
         engine is loaded, and built first if it must be (engine/build.py), which `say` and `progress` are told. variant:
         a parity preset such as "official-v1.1" (default: the weights' own). fix_quotes: keep an apostrophe or a lone
         quote from opening a quotation, which the released programs let it do, to the instruction's harm (§1.4). cache:
@@ -140,23 +143,36 @@ class Engine:
         found = calibration_of(model, calibration)  # before the weights: a bad file is told at once
         wanted = wanted_profile(profile, settings, model)
         home, residency = home_of(wanted)
-        limit(wanted.budget_gb, home)
-        components = components_for(
-            model,
-            wanted,
-            variant=variant,
-            fix_quotes=fix_quotes,
-            say=say,
-            progress=progress,
-            trust_engine=trusted,
-        )
         kept = (EmbeddingCache() if cache else None) if isinstance(cache, bool) else cache
-        constants = constants_for(components.variant, found, calibration)
-        return cls(components, Execution.of(wanted), kept, residency, Defaults.of(wanted), constants, say)
+        with current(home), fitting(model, wanted):
+            limit(wanted.budget_gb, home)
+            components = components_for(
+                model,
+                wanted,
+                variant=variant,
+                fix_quotes=fix_quotes,
+                say=say,
+                progress=progress,
+                trust_engine=trusted,
+            )
+            constants = constants_for(components.variant, found, calibration)
+            return cls(components, Execution.of(wanted), kept, residency, Defaults.of(wanted), constants, say)
 
     @property
     def device(self) -> torch.device:
         return self.dit.device
+
+    def compile(self) -> None:
+        """Compiles the steps from here on, for many edits: the next of each size is slow, those after it are fast.
+
+        As `compiled=True` of `load`. What was exported runs as it is.
+        """
+        if self._exported or self._execution.compiled:
+            return
+        strips, self._execution = self.vae.strip_pixels, replace(self._execution, compiled=True)
+        with current(self.device):
+            self._runner = prepared(self._components, self._execution)
+        self.vae.strip_pixels = strips  # which running out of memory may have changed
 
     def edit(
         self,
@@ -204,7 +220,19 @@ class Engine:
                 self.edit(source, words, seed=seed, on_step=on_step, on_stage=on_stage, **options)
                 for source, words, seed in zip(sources, instructions, drawn, strict=True)
             ]
-        recorder = Recorder(self.device, on_stage)
+        with current(self.device):
+            return self._edited(sources, instructions, drawn, wanted, Recorder(self.device, on_stage), on_step)
+
+    def _edited(
+        self,
+        sources: Sequence[Source],
+        instructions: Sequence[str],
+        drawn: list[int],
+        wanted: Options,
+        recorder: Recorder,
+        on_step: OnStep | None,
+    ) -> list[Edit]:
+        """`edit_batch` behind its checks. drawn: the seeds."""
         with recorder.stage("preprocess"):
             opened = [open_picture(source) for source in sources]
             marked = None if wanted.mask is None else [open_mask(wanted.mask, one) for one in opened]
@@ -245,9 +273,9 @@ class Engine:
             recorder=recorder,
             on_step=None,
         )
-        loop, (latents, reference) = self._prepare(request, wanted)
-        assert reference is not None
-        with self._home.denoising():
+        with current(self.device), self._home.denoising():
+            loop, (latents, reference) = self._prepare(request, wanted)
+            assert reference is not None
             steps = watched(self.dit, loop, (latents, reference), canvas.grid)
             return trajectory(steps, loop.schedule.tolist())
 
@@ -269,22 +297,21 @@ class Engine:
             raise InputError("text to image needs a v1.1 or later model; this one is v1.0")
         wanted = chosen(Options, {"negative_prompt": NEGATIVE_T2I, **options})
         drawn = checked_seed(seed)
-        recorder = Recorder(self.device)
         if wanted.mask is not None:
             raise InputError("text to image has no picture that a mask could mark")
-        made = self._fitted(
-            Request(
+        with current(self.device):
+            recorder = Recorder(self.device)
+            request = Request(
                 opened=None,
                 instructions=[prompt],
                 seeds=[drawn],
                 canvas=Canvas(width, height),
                 recorder=recorder,
                 on_step=on_step,
-            ),
-            wanted,
-        )
-        with recorder.stage("postprocess"):
-            image = pictures.to_image(made.pixels[0], self.variant.truncate_output)
+            )
+            made = self._fitted(request, wanted)
+            with recorder.stage("postprocess"):
+                image = pictures.to_image(made.pixels[0], self.variant.truncate_output)
         return Edit(image, drawn, recorder.seconds, recorder.steps, self._metadata(prompt, drawn, wanted) | made.notes)
 
     def _canvas(self, opened: Sequence[Picture], size: int | None) -> Canvas:
@@ -303,9 +330,7 @@ class Engine:
                 return replace(made, notes=made.notes | {"out_of_memory": ", ".join(taken)}) if taken else made
             except torch.OutOfMemoryError:
                 pass  # what it holds is freed with it
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            given_back(self.device)
             easier = None
             while left and easier is None:
                 name = left.pop(0)
@@ -324,6 +349,10 @@ class Engine:
         if name == "autoencoder in strips" and not self.vae.in_strips(request.canvas.width * request.canvas.height):
             self.vae.strip_pixels = 0
             return options
+        if name == "steps without CUDA graphs" and captures(self.dit, self._execution) and self._graphs:
+            self._graphs = False
+            self._runner = stepper(self.dit, self._execution, graphs=False)  # their memory goes with them
+            return options
         if name == "text model evicted" and self._home.is_resident("text"):
             for part in ("text", "vision"):
                 if self._home.is_resident(part):
@@ -337,7 +366,7 @@ class Engine:
             return replace(options, branches="sequential")
         if name == "blocks streamed" and not (self._home.streams_dit or self._exported):
             self._home.stream_dit(STREAMED)
-            self._runner = stepper(self.dit, self._execution)
+            self._runner = stepper(self.dit, self._execution, graphs=False)
             return options
         return None
 

@@ -48,7 +48,7 @@ class Mode(StrEnum):
     FULL = "F"  # all tokens
     NOISE = "N"  # all target tokens; the reference's keys and values are those of the last step that filled
     REGION = "R"  # edited target tokens only; all others' keys and values are those of the last step that filled
-    SKIP = "s"  # nothing: the last computed velocity, scaled
+    SKIP = "s"  # no block: the last computed velocity, scaled, or the last residual of the blocks (`Policy.residual`)
 
 
 class Guide(StrEnum):

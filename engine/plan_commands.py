@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from step1x.engine.options import EXIT_CODES, SPEEDS, debug_option
+from step1x.engine.options import EXIT_CODES, PROFILE_HELP, SPEEDS, debug_option
 
 if TYPE_CHECKING:
     from step1x.engine.planner import Plan
@@ -16,7 +16,6 @@ GB = 1e9
 GIB = 2**30
 BAR = 50  # columns
 MODEL_HELP = "Folder of weights, Hub id, or v1.0, v1.1, v1.2: a released model without its weights."
-PROFILE_HELP = "Profile or .toml file; auto: by this machine's GPU.  [default: auto]"
 SIZE_HELP = "Size level.  [default: the profile's]"
 ALL_HELP = "All profiles at sizes 512, 768 and 1024."
 
@@ -56,7 +55,7 @@ def plan(
 
     if every and (profile or size):
         raise click.UsageError("--all is for all profiles and sizes; leave out --profile and --size")
-    profiles = [named_profile(name) for name in (profile_names() if every else [profile or AUTO])]
+    profiles = [named_profile(name, model) for name in (profile_names() if every else [profile or AUTO])]
     if speed is not None:
         profiles = [one.changed({"speed": speed}) for one in profiles]
     shapes = model_sizes(model)
@@ -111,7 +110,7 @@ def _table(plan: "Plan") -> str:
     return "\n".join(line.rstrip() for line in [*lines, "", *_verdict(plan)])
 
 
-ORDER = ("weights", "tables", "kept", "activations", "context")
+ORDER = ("weights", "tables", "kept", "activations", "graphs", "context")
 
 
 def _cell(size: int | None, column: str) -> str:
@@ -199,7 +198,7 @@ RESIDENCIES = {
     "stream": "in host memory, copied block by block as they are used",
 }
 KERNELS = {
-    "auto": "our own where they were measured to be faster on the GPU",
+    "auto": "our own wherever Triton runs and they pass their check",
     "on": "our own for every operation",
     "off": "none of our own",
 }

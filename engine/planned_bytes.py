@@ -6,7 +6,7 @@ sizes alone, and kept in the process.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from step1x.engine.algebra import ON
-from step1x.engine.counting import FlashAttention, Memory
+from step1x.engine.counting import FlashAttention, HostMemory, Memory
 from step1x.engine.denoise import Branch, Runner, branches, folded, velocities
-from step1x.engine.dit import DiT, DiTConfig, is_modulation
-from step1x.engine.executor import TEXT_BUCKET
+from step1x.engine.dit import DiT, DiTConfig, Rope, Step, is_modulation
+from step1x.engine.executor import GRAPHS, TEXT_BUCKET, leaves
 from step1x.engine.fused import Fused
 from step1x.engine.hollow import ModelSizes, hollow_dit, hollow_qwen, hollow_vae, instruction, see
 from step1x.engine.image import Canvas, image_ids
+from step1x.engine.qwen import going_on
 from step1x.engine.text import Conditioning
 from step1x.engine.vae import VAEConfig
 from step1x.engine.vision_size import pre_size, processor_size
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import Qwen2_5_VLModel
 
 Stored = Mapping[str, int]  # tensor -> bytes
+Seen = Callable[[int], None]
 
 # Blocks of a kind need the same memory one after the other: two double blocks, of which the first still has what came
 # in, and three single ones, with one in the middle, have the peak of any number.
@@ -60,6 +62,7 @@ class TransformerBytes:
     tables: int  # what is folded, of all steps and branches: until the last step
     prepare: int  # at most while it is folded, besides the request; tables included
     step: int  # at most within the loop, besides request and tables
+    graphs: int  # what captured steps read and write, of as many as are kept; 0: nothing is captured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,23 +113,31 @@ def vae_weights(config: VAEConfig, dtype: torch.dtype) -> Stored:
 
 
 @contextmanager
-def _counted() -> Iterator[Memory]:
-    with torch.no_grad(), FlashAttention(), Memory() as memory:
+def _counted(cpu: bool = False) -> Iterator[Memory]:
+    """cpu: what a process without a GPU takes for the same."""
+    with torch.no_grad(), FlashAttention(), HostMemory() if cpu else Memory() as memory:
         yield memory
 
 
 def transformer_bytes(model: ModelSizes, profile: Profile, work: Work) -> TransformerBytes:
     """Of the stages prepare and denoise, as `Engine` runs them.
 
-    With kernels "auto" operations run as plain torch, which takes most: whether a kernel pays is for the GPU to say.
+    With kernels "auto" they are planned as plain torch, which takes most: one that fails its check is switched off.
     """
     row, dtype = model.variant, getattr(torch, profile.dtype)
     batched = row.batched_guidance if profile.branches is None else profile.branches == "batched"
     runs = Runs(batched=batched, kernels=profile.kernels == "on", multiple=TEXT_BUCKET if profile.compiled else 1)
-    request, step = _step(model, dtype, profile.weights.dit, replace(work, steps=1), runs)
+    request, step, inputs = _step(model, dtype, profile.weights.dit, replace(work, steps=1), runs)
+    graphs = GRAPHS * inputs if captures(profile) else 0
     # Neither the size of the picture nor the scheme of the blocks has a part in what is folded.
     tables, prepare = _fold(model, dtype, replace(work, canvas=SMALLEST), runs)
-    return TransformerBytes(request=request, tables=tables, prepare=prepare, step=step)
+    return TransformerBytes(request=request, tables=tables, prepare=prepare, step=step, graphs=graphs)
+
+
+def captures(profile: Profile) -> bool:
+    """Whether steps become CUDA graphs (executor.py): not on a CPU, nor with blocks that come and go."""
+    on_gpu = profile.device not in ("cpu", "mps")
+    return profile.compiled and profile.backend == "torch" and on_gpu and profile.residency.dit == "resident"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,27 +161,43 @@ def _groups(model: ModelSizes, dit: DiT, work: Work) -> list[list[Conditioning]]
 
 
 def _forwards(
-    model: ModelSizes, dit: DiT, groups: list[list[Conditioning]], canvas: Canvas, runs: Runs
+    model: ModelSizes,
+    dit: DiT,
+    groups: list[list[Conditioning]],
+    canvas: Canvas,
+    runs: Runs,
+    seen: Seen = lambda _: None,
 ) -> list[Branch]:
-    runner = Runner(Fused(dit, lambda op: op.call if runs.kernels else op.reference).velocity, multiple=runs.multiple)
+    """seen: is told how many bytes each forward reads beside weights."""
+    fused = Fused(dit, lambda op: op.call if runs.kernels else op.reference)
+
+    def velocity(tokens: Tensor, step: Step, rope: Rope, kept: int | None = None) -> Tensor:
+        seen(sum(one.nbytes for one in leaves(tokens, step, rope)))
+        return fused.velocity(tokens, step, rope, kept)
+
+    runner = Runner(velocity, multiple=runs.multiple)
     return branches(dit, groups, image_ids(canvas.grid, model.variant.reference_ids), runs.batched, ON, runner)
 
 
 @cache
-def _step(model: ModelSizes, dtype: torch.dtype, scheme: Scheme, work: Work, runs: Runs) -> tuple[int, int]:
-    """The request, and what a step of the sampling loop takes besides it and the tables."""
+def _step(model: ModelSizes, dtype: torch.dtype, scheme: Scheme, work: Work, runs: Runs) -> tuple[int, int, int]:
+    """The request, what a step of the sampling loop takes besides it and the tables, and what a graph of it holds."""
     dit, tokens = _shallow(model, dtype), work.canvas.tokens
     swap(dit, "dit", scheme)
     time = torch.ones(1, device=dit.device)
+    inputs: list[int] = []
     with _counted() as memory:
         groups = _groups(model, dit, work)
-        forwards = _forwards(model, dit, groups, work.canvas, runs)
+        forwards = _forwards(model, dit, groups, work.canvas, runs, inputs.append)
         request = memory.now
         forwards = folded(dit, forwards, [time])
         before = memory.peak = memory.now
         both = _empty(work.batch, 2 * tokens, model.dit.in_channels, dtype=dtype)
         velocities(dit, forwards, both, (0, 1), time, tokens)
-        return request, memory.peak - before
+        step = memory.peak - before
+    rows = max(branch.request.rows for branch in forwards)
+    missing = _missing(model, dit) * rows * dtype.itemsize
+    return request, step, max(inputs) + missing + both.nbytes // 2  # a graph writes the new rows' velocity, too
 
 
 @cache
@@ -183,10 +210,15 @@ def _fold(model: ModelSizes, dtype: torch.dtype, work: Work, runs: Runs) -> tupl
         request = memory.peak = memory.now
         forwards = folded(dit, forwards, [torch.ones(1, device=dit.device)] * work.steps)
         tables, peak = memory.now - request, memory.peak - request
-    blocks = 12 * (model.dit.depth - len(dit.double_blocks)) + 3 * (model.dit.depth_single - len(dit.single_blocks))
     rows = work.steps * sum(branch.request.rows for branch in forwards)
-    tables += blocks * model.dit.hidden_size * rows * dtype.itemsize
+    tables += _missing(model, dit) * rows * dtype.itemsize
     return tables, max(peak, tables)
+
+
+def _missing(model: ModelSizes, dit: DiT) -> int:
+    """Modulations of the blocks that a shallow transformer lacks, of one row."""
+    blocks = 12 * (model.dit.depth - len(dit.double_blocks)) + 3 * (model.dit.depth_single - len(dit.single_blocks))
+    return blocks * model.dit.hidden_size
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -225,7 +257,7 @@ def _read(qwen: str, dtype: torch.dtype, scheme: Scheme, tokens: int) -> tuple[i
         embeds = _empty(1, tokens, model.config.text_config.hidden_size, dtype=dtype)
         positions = torch.zeros(3, 1, tokens, dtype=torch.long, device="meta")
         known, read_on = DynamicCache(), model.language_model
-        out = read_on(inputs_embeds=embeds, position_ids=positions, past_key_values=known, use_cache=True)
+        out = read_on(inputs_embeds=embeds, position_ids=positions, use_cache=True, **going_on(read_on, known))
         del embeds, positions
         kept = memory.now  # by `known` and `out`
     del known, out
@@ -234,30 +266,34 @@ def _read(qwen: str, dtype: torch.dtype, scheme: Scheme, tokens: int) -> tuple[i
 
 def vae_bytes(model: ModelSizes, profile: Profile, work: Work) -> tuple[int, int]:
     """Of the stages encode_image and decode, whose every tensor is as large as the batch."""
-    encode, decode = _vae(model.vae, getattr(torch, profile.vae_dtype), profile.strip_pixels, work.canvas)
+    encode, decode = _vae(
+        model.vae, getattr(torch, profile.vae_dtype), profile.strip_pixels, work.canvas, profile.device == "cpu"
+    )
     return encode * work.batch, decode * work.batch
 
 
 @cache
-def _vae(config: VAEConfig, dtype: torch.dtype, strip_pixels: int, canvas: Canvas) -> tuple[int, int]:
+def _vae(config: VAEConfig, dtype: torch.dtype, strip_pixels: int, canvas: Canvas, cpu: bool) -> tuple[int, int]:
     width, height = canvas.width, canvas.height
     if width * height <= strip_pixels:
-        return _halves(config, dtype, None, canvas)
+        return _halves(config, dtype, None, canvas, cpu)
     if height <= STRIPPED[1]:
-        return _halves(config, dtype, 0, canvas)
-    low, high = (_halves(config, dtype, 0, Canvas(width, rows)) for rows in STRIPPED)
+        return _halves(config, dtype, 0, canvas, cpu)
+    low, high = (_halves(config, dtype, 0, Canvas(width, rows), cpu) for rows in STRIPPED)
     more = (height - STRIPPED[0]) / (STRIPPED[1] - STRIPPED[0])
     encode, decode = (round(a + more * (b - a)) for a, b in zip(low, high, strict=True))
     return encode, decode
 
 
-def _halves(config: VAEConfig, dtype: torch.dtype, strip_pixels: int | None, canvas: Canvas) -> tuple[int, int]:
+def _halves(
+    config: VAEConfig, dtype: torch.dtype, strip_pixels: int | None, canvas: Canvas, cpu: bool
+) -> tuple[int, int]:
     vae = hollow_vae(config).to(dtype)
     vae.strip_pixels = strip_pixels
     latents = 1, config.z_channels, *canvas.latent_size
-    with _counted() as encoding:
+    with _counted(cpu) as encoding:
         noise = _empty(*latents, dtype=torch.float32)
         vae.encode(_empty(1, config.in_channels, canvas.height, canvas.width, dtype=torch.float32), noise)
-    with _counted() as decoding:
+    with _counted(cpu) as decoding:
         vae.decode(_empty(*latents, dtype=torch.float32))
     return encoding.peak, decoding.peak

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from step1x.engine.image import Canvas
     from step1x.engine.planned_bytes import Stored, Work
 
-Kind = Literal["weights", "tables", "kept", "activations", "context"]
+Kind = Literal["weights", "tables", "kept", "activations", "graphs", "context"]
 
 PHASES = ("load", "encode_text", "encode_image", "prepare", "denoise", "decode")  # stages of timing.py that take much
 # CUDA's context with the workspaces of its libraries and CUDA graphs: an estimate (performance.md §C).
 CONTEXT_BYTES = 1_200_000_000
+# A process on a CPU before it edits, without weights: Python, torch, transformers, and code that oneDNN makes. Measured
+# on Linux with torch 2.13 as the resident set of a loaded process (docs/memory.md).
+LIBRARY_BYTES = 506_000_000
 SIZES = (512, 768, 1024)
 SIZE_STEP = 64  # between the sizes that are proposed
 
@@ -135,14 +138,28 @@ def plan(
     placed = _placed(model, profile)
     items = _stages(model, profile, work)
     always = [Item(place.name, "weights", place.always) for place in placed]
-    if profile.device not in ("cpu", "mps"):
+    if on_gpu(profile):
         always.append(Item("CUDA context, workspaces", "context", CONTEXT_BYTES))
+    if profile.device == "cpu":
+        always.append(Item("Python and libraries", "context", LIBRARY_BYTES))
     phases = []
     for name in PHASES:
         brought = [Item(f"{place.name}, brought", "weights", place.brought) for place in placed if name in place.phases]
         phases.append(Phase(name, tuple(item for item in (*always, *brought, *items[name]) if item.bytes)))
     host = tuple(Item(place.name, "weights", place.host) for place in placed if place.host)
     return Plan(model=model, profile=profile, work=work, phases=tuple(phases), host=host)
+
+
+def weights_bytes(model: "ModelSizes", profile: Profile) -> int:
+    """What a plan takes at least: weights and context in the phase that has most of them. Needs no plan."""
+    placed = _placed(model, profile)
+    brought = max(sum(place.brought for place in placed if name in place.phases) for name in PHASES)
+    return sum(place.always for place in placed) + brought + (CONTEXT_BYTES if on_gpu(profile) else 0)
+
+
+def on_gpu(profile: Profile) -> bool:
+    """Whether the phases are in a GPU's memory; "auto" is planned for one."""
+    return profile.device not in ("cpu", "mps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,18 +263,21 @@ def _stages(model: "ModelSizes", profile: Profile, work: "Work") -> dict[str, li
 
     text, dit = text_bytes(model, profile, work), transformer_bytes(model, profile, work)
     encode, decode = vae_bytes(model, profile, work)
+    # One pool holds a step's activations for all graphs, and keeps them between edits.
+    graphs = Item("CUDA graphs", "graphs", dit.graphs)
+    pool = Item("CUDA graphs", "graphs", dit.graphs + dit.step if dit.graphs else 0)
     kept, request = Item("text as read", "tables", text.kept), Item("request", "tables", dit.request)
     return {
         "load": [],
-        "encode_text": [Item("activations", "activations", text.peak)],
-        "encode_image": [kept, Item("activations", "activations", encode)],
-        "prepare": [kept, request, Item("activations", "activations", dit.prepare)],
+        "encode_text": [pool, Item("activations", "activations", text.peak)],
+        "encode_image": [pool, kept, Item("activations", "activations", encode)],
+        "prepare": [pool, kept, request, Item("activations", "activations", dit.prepare)],
         "denoise": [
-            *(kept, request, Item("folded", "tables", dit.tables)),
+            *(graphs, kept, request, Item("folded", "tables", dit.tables)),
             Item("keys and values", "kept", _keys_and_values(model, profile, work)),
             Item("activations", "activations", dit.step),
         ],
-        "decode": [kept, request, Item("activations", "activations", decode)],
+        "decode": [pool, kept, request, Item("activations", "activations", decode)],
     }
 
 

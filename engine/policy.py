@@ -108,6 +108,11 @@ class Policy(ABC):
         """What a dynamic policy wants to see of every step; None: the plan is final."""
         return None
 
+    @property
+    def residual(self) -> bool:
+        """Whether a skip adds what the blocks last added and runs the final layer; else the last velocity stands in."""
+        return False
+
     @abstractmethod
     def permits(self, schedule: Sequence[float]) -> Permits:
         """The policy's say for each step of a schedule. Raises InputError for settings that contradict it."""
@@ -139,7 +144,8 @@ class Policy(ABC):
             guide = _guide(permit, past, guided)
             landing = parked[-2] and not parked[-1]  # unedited tokens come back, to a velocity of their own
             if permit.skip and not landing:
-                plan.append(StepPlan(Mode.SKIP, permit.scale, guide, instead=mode if self.probe else None))
+                scale = 1.0 if self.residual else permit.scale  # scales are of velocities
+                plan.append(StepPlan(Mode.SKIP, scale, guide, instead=mode if self.probe else None))
             else:
                 plan.append(StepPlan(mode, guide=guide))
         return [_keeping(plan, parked, step) for step in range(len(plan))]
@@ -209,6 +215,10 @@ class Together(Policy):
     @property
     def probe(self) -> Probe | None:
         return self._dynamic.probe
+
+    @property
+    def residual(self) -> bool:
+        return any(policy.residual for policy in self.policies)
 
     def decide(self, planned: StepPlan, gathered: float, change: float) -> tuple[StepPlan, float]:
         return self._dynamic.decide(planned, gathered, change)
@@ -438,7 +448,8 @@ class GuidanceInterval(Policy):
 class TeaCache(Policy):
     """Skips until a probe's predicted changes have gathered to a threshold (§3.1); the first and the last step compute.
 
-    By default the release's rule (§3.3). Another probe wants a rule that was fitted to it.
+    By default the release's rule (§3.3). Another probe wants a rule that was fitted to it. What is reused is what the
+    blocks added: a skipped step adds it to its own rows and runs the final layer with its own modulation.
     """
 
     rule: TeaCacheRule = field(default_factory=TeaCacheRule)
@@ -451,6 +462,10 @@ class TeaCache(Policy):
     @property
     def probe(self) -> Probe:
         return self.signal
+
+    @property
+    def residual(self) -> bool:
+        return True
 
     def permits(self, schedule: Sequence[float]) -> Permits:
         return lambda step, past: Permit(skip=0 < step < len(schedule) - 2)

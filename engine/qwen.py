@@ -5,13 +5,17 @@ the files are there or an error names the one that is not.
 """
 
 from collections.abc import Callable
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from step1x.engine.checkpoint import read_json, tensor_files
 from step1x.engine.errors import InputError
+from step1x.engine.lean_transformers import import_models
 
 if TYPE_CHECKING:
     from transformers import (
@@ -57,6 +61,7 @@ def load_model(
 
 def hollow_model(config: "Qwen2_5_VLConfig") -> "Qwen2_5_VLModel":
     """Vision tower and language model on the meta device."""
+    import_models()
     from transformers import Qwen2_5_VLModel
 
     # The dtype of meta tensors does not matter, but transformers would make the config's torch's process-wide
@@ -73,6 +78,17 @@ def compute_frequencies(model: "Qwen2_5_VLModel", device: torch.device | str) ->
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, type(module)(config=module.config).to(device))
+
+
+def going_on(language_model: nn.Module, past: object) -> dict[str, object]:
+    """The keyword of the language model's forward for the keys and values (a `DynamicCache`) that it goes on from."""
+    return {_cache_keyword(type(language_model).forward): past}
+
+
+@cache
+def _cache_keyword(forward: Callable[..., Any]) -> str:
+    """transformers renamed it in 5.24."""
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 
 def model_key(key: str) -> str | None:
@@ -123,6 +139,7 @@ def load_image_processor(folder: Path, config: "Qwen2_5_VLConfig") -> "Qwen2VLIm
     Its settings are in preprocessor_config.json; transformers 5 puts them into processor_config.json. Raises
     InputError if neither is there or their patches are not the model's.
     """
+    import_models()
     from transformers import Qwen2VLImageProcessorPil
 
     path = folder / "preprocessor_config.json"

@@ -5,6 +5,8 @@ changes: what leaves the device is dropped, not copied back. Streamed blocks com
 block runs in the first while the next arrives in the second, on a stream of its own.
 """
 
+import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,11 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from step1x.engine.dit import DiT, is_modulation
+from step1x.engine.planner import CONTEXT_BYTES
 from step1x.profiles import Residency
 
 if TYPE_CHECKING:
     from step1x.engine.weights import Components
 
+log = logging.getLogger(__name__)
+
+PAGE = 4096  # bytes
 ALIGNMENT = 256  # bytes: of each tensor within its block, as CUDA aligns what it reserves
 RESIDENT = Residency()
 EMBEDDINGS = "embed_tokens."  # of the language model
@@ -63,29 +69,49 @@ class Packed:
             place.tensor.data = place.within(block)
 
 
-def limit(budget_gb: float, device: torch.device) -> None:
-    """Lets this process take no more than so many GB (1e9 bytes) of a GPU's memory; 0: all of it.
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Within it streams, events and Triton's launches are a CUDA device's, whichever it is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
-    The CUDA context, some hundred MB, is not PyTorch's to count.
+
+def given_back(device: torch.device) -> None:
+    """What nothing holds any more of a device's memory is there for others."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def limit(budget_gb: float, device: torch.device) -> None:
+    """Lets PyTorch take no more of a GPU's memory than a budget in GB (1e9 bytes) leaves it; 0: all of it.
+
+    device: with its index. The CUDA context is part of the budget and of the plan, but not PyTorch's to count.
     """
     if device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    share = min(1.0, budget_gb * 1e9 / total) if budget_gb else 1.0
-    torch.cuda.set_per_process_memory_fraction(share, device)
+    share = min(1.0, (budget_gb * 1e9 - CONTEXT_BYTES) / total) if budget_gb else 1.0
+    torch.cuda.set_per_process_memory_fraction(max(share, 0.0), device)
 
 
 def pinned(size: int) -> Tensor:
     """Bytes of host memory that a GPU, if there is one, can copy from on its own.
 
-    Registered as they are: PyTorch's own pinned memory comes in powers of two.
+    Registered as they are: PyTorch's own pinned memory comes in powers of two. CUDA registers whole pages, each once,
+    so that no two stretches may share one. Where it refuses, the memory serves unregistered: copies wait for the host.
     """
-    host = torch.empty(size, dtype=torch.uint8)
-    if torch.cuda.is_available() and size:
-        cuda = torch.cuda.cudart()
-        torch.cuda.check_error(cuda.cudaHostRegister(host.data_ptr(), size, 0))
-        finalize(host, cuda.cudaHostUnregister, host.data_ptr())
-    return host
+    if not (torch.cuda.is_available() and size):
+        return torch.empty(size, dtype=torch.uint8)
+    whole = -(-size // PAGE) * PAGE
+    host = torch.empty(whole + PAGE, dtype=torch.uint8)
+    host = host[-host.data_ptr() % PAGE :][:whole]
+    cuda = torch.cuda.cudart()
+    try:
+        torch.cuda.check_error(cuda.cudaHostRegister(host.data_ptr(), whole, 0))
+    except RuntimeError as error:
+        log.warning("host memory is not pinned, copies to the GPU are slower: %s", error)
+    else:
+        finalize(host.untyped_storage(), cuda.cudaHostUnregister, host.data_ptr())
+    return host[:size]
 
 
 class Visiting:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step1x.engine.denoise import Branch, Loop, advance, euler, folded, times_of
+from step1x.engine.denoise import Branch, Loop, RowsVelocity, Velocity, advance, euler, folded, times_of
 from step1x.engine.dit import DiT, Modulations, Request, Rope, Step
+from step1x.engine.errors import InputError
 from step1x.engine.kept import Active, Kept
 from step1x.engine.plan import Guide, Mode, StepPlan, edited_tokens, relative_change, similarity, spelled
 from step1x.engine.policy import Dense, Policy, Probe
@@ -59,6 +60,8 @@ class Cache:
     """What one request keeps from step to step."""
 
     velocity: Tensor | None = None  # guided, of the last computed step: of all target tokens, or of the active ones
+    residuals: list[Tensor] = field(default_factory=list)  # of the same tokens and step, of each of its forwards
+    guide: Guide = Guide.BOTH  # of that step
     difference: Tensor | None = None  # conditional less unconditional velocity of all target tokens
     selection: Selection | None = None
     rows: Tensor | None = None  # target tokens that `velocity` and the latents that move are of; None: all
@@ -91,8 +94,15 @@ def skip(
     on_step: OnStep | None = None,
     trail: list[Tensor] | None = None,
 ) -> Done:
-    """As `denoise.denoise`, leaving out what the policy says. The branches must run by the fused operations."""
+    """As `denoise.denoise`, leaving out what the policy says. The branches must run by the fused operations.
+
+    Raises InputError for a policy that what runs the branches cannot follow.
+    """
     plan = skipping.policy.plan([float(level) for level in loop.schedule], loop.guidance is not None)
+    if skipping.policy.residual and any(branch.runner.halves is None for branch in loop.forwards):
+        raise InputError(
+            "TeaCache keeps what the blocks add, which an exported engine gives to nobody; use --backend torch"
+        )
     run = _Run(dit, loop, state, skipping, plan)
     for index in range(len(plan)):
         run.step(index)
@@ -140,6 +150,10 @@ class _Run:
         self.done.append(planned)
         self._follow(planned)
         now, following = (float(self.loop.schedule[at]) for at in (index, index + 1))
+        if planned.mode is Mode.SKIP and self.skipping.policy.residual:
+            prediction = self._prediction(index, replace(planned, guide=self.cache.guide))
+            self._move(lambda moving: advance(self.loop, moving, prediction, now, following - now))
+            return
         if planned.mode is Mode.SKIP:
             assert self.cache.velocity is not None
             velocity = self.cache.velocity * planned.scale
@@ -186,6 +200,7 @@ class _Run:
             self.cache.rows = selection.active
             if self.cache.velocity is not None:
                 self.cache.velocity = taken(self.cache.velocity, selection.active)
+            self.cache.residuals = [taken(rows, repeated(selection.active, len(rows))) for rows in self.cache.residuals]
 
     def _moving(self) -> Tensor:
         """The latents of the tokens that move."""
@@ -197,8 +212,11 @@ class _Run:
 
     def _is_wanted(self, index: int) -> bool:
         """Whether the guided velocity of a step is used again: by skips, or for the tokens that are left behind."""
-        following = self.plan[index + 1].mode if index + 1 < len(self.plan) else None
-        return following is Mode.SKIP or self.plan[index].jump is not None
+        skipped = self._skips(index + 1) and not self.skipping.policy.residual
+        return skipped or self.plan[index].jump is not None
+
+    def _skips(self, index: int) -> bool:
+        return index < len(self.plan) and self.plan[index].mode is Mode.SKIP
 
     def _guided(self, prediction: Tensor, now: float) -> Tensor:
         """The velocity that a step follows."""
@@ -227,11 +245,14 @@ class _Run:
         """Velocities of the moving tokens: conditional rows, then unconditional ones where the step is guided."""
         forwards = self.forwards if planned.guide is Guide.BOTH else self.conditional
         tokens = self._tokens(planned)
+        if planned.mode is not Mode.SKIP:
+            self.cache.residuals, self.cache.guide = [], planned.guide
         made = torch.cat([self._velocity(at, branch, tokens, index, planned) for at, branch in enumerate(forwards)])
         if self.loop.guidance is None or planned.guide is Guide.COND:
             return made
         if planned.guide is Guide.BOTH:
-            self._remember(made)
+            if planned.mode is not Mode.SKIP:
+                self._remember(made)
             return made
         assert self.cache.difference is not None
         rows = self.cache.rows
@@ -251,18 +272,38 @@ class _Run:
         return torch.cat((moving, self.reference.to(moving.dtype)), dim=1) if planned.mode is Mode.FULL else moving
 
     def _velocity(self, at: int, branch: Branch, tokens: Tensor, index: int, planned: StepPlan) -> Tensor:
-        count = branch.request.rows
-        tokens = tokens.expand(count, -1, -1) if len(tokens) == 1 else tokens.repeat(count // len(tokens), 1, 1)
-        step = self._step(branch, index)
+        """Of one forward, at the tokens that move."""
+        tokens, step, runner = repeated(tokens, branch.request.rows), self._step(branch, index), branch.runner
+        moving = self.target if planned.mode is Mode.FULL else tokens.shape[1]
+        if not self.skipping.policy.residual:
+            run = runner.at(index / len(self.plan))
+            return self._computed(run, runner.rows, at, branch, tokens, step, planned)[:, :moving]
+        assert runner.halves is not None
+        blocks, some, final = runner.halves
+        if planned.mode is Mode.SKIP:
+            return final(self.dit.img_in(tokens) + self.cache.residuals[at], step.mods.final)
+        rows = self._computed(blocks, some, at, branch, tokens, step, planned)[:, :moving]
+        if self._skips(index + 1):
+            self.cache.residuals.append(rows - self.dit.img_in(tokens[:, :moving]))
+        return final(rows, step.mods.final)
+
+    def _computed(
+        self,
+        run: Velocity,
+        some: RowsVelocity | None,
+        at: int,
+        branch: Branch,
+        tokens: Tensor,
+        step: Step,
+        planned: StepPlan,
+    ) -> Tensor:
+        """What comes of a forward's tokens by `run`, or by `some` where keys are kept or rows are left out."""
         pruned = self.target if self.loop.algebra.prune else None
         if planned.mode is Mode.FULL and not planned.fill:
-            run = branch.runner.at(index / len(self.plan))
-            return run(tokens, step, branch.rope, pruned)[:, : self.target]
+            return run(tokens, step, branch.rope, pruned)
         active, rope = self._view(at, branch, planned, step.text.shape[1])
-        assert branch.runner.rows is not None
-        kept = pruned if planned.mode is Mode.FULL else None
-        made = branch.runner.rows(tokens, step, rope, kept, active)
-        return made[:, : self.target] if planned.mode is Mode.FULL else made
+        assert some is not None
+        return some(tokens, step, rope, pruned if planned.mode is Mode.FULL else None, active)
 
     def _step(self, branch: Branch, index: int) -> Step:
         if branch.steps:
@@ -281,7 +322,7 @@ class _Run:
                 device = self.latents.device
                 image = torch.arange(self.target, device=device)[None] if rows is None else rows
                 if len(image) > 1:
-                    image = image.repeat(branch.request.rows // len(image), 1)
+                    image = repeated(image, branch.request.rows)
                 active = Active.of(kept, image, texts)
                 self.cache.views[key] = (active, active.rope(branch.rope))
         return self.cache.views[key]
@@ -295,6 +336,13 @@ class _Run:
                 for rows in (branch.request.text.rows for branch in self.forwards)
             ]
         return self.cache.kept[at]
+
+
+def repeated(given: Tensor, count: int) -> Tensor:
+    """The rows of a batch, again and again until there are `count`."""
+    if len(given) == 1:
+        return given.expand(count, *given.shape[1:])
+    return given.repeat(count // len(given), *[1] * (given.ndim - 1))
 
 
 def taken(tokens: Tensor, rows: Tensor) -> Tensor:

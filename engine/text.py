@@ -19,7 +19,7 @@ from torch import Tensor
 from step1x.engine.dit import Text, here
 from step1x.engine.errors import InputError
 from step1x.engine.prefix import Layer, Reading, stops
-from step1x.engine.qwen import load_image_processor, load_model, load_tokenizer, read_config
+from step1x.engine.qwen import going_on, load_image_processor, load_model, load_tokenizer, read_config
 from step1x.engine.text_ids import Grid, rope_positions, signed_ids
 from step1x.engine.tokens import Tokens
 from step1x.engine.variants import Variant
@@ -204,8 +204,8 @@ class Conditioner:
             inputs_embeds=embeds[None],
             attention_mask=mask,
             position_ids=positions[:, None],
-            past_key_values=cache,
             use_cache=cache is not None,
+            **going_on(self.model.language_model, cache),
         ).last_hidden_state
         return hidden[0], [] if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
 

@@ -85,15 +85,25 @@ def qk_norm_rope(
     return tuple(op.Squeeze(part, numbers(0)) for part in (q, k, v))
 
 
+def qk_norm_rope_single(rows: Any, scales: Any, cos: Any, sin: Any, heads: int) -> tuple[Any, Any]:
+    both = normed_heads(op.Transpose(op.Reshape(rows, numbers(0, 0, 2, heads, -1)), perm=(2, 0, 3, 1, 4)), rows, scales)
+    q, k = op.Split(cast(rotated(both, cos, sin), FLOAT, rows.dtype), axis=0, num_outputs=2)
+    return op.Squeeze(q, numbers(0)), op.Squeeze(k, numbers(0))
+
+
 def heads_of(rows: Any, scales: Any, heads: int) -> tuple[Any, Any]:
     """Normed q and k as float32 (2, batch, heads, rows, head_dim), v as (1, ...), of the rows of a QKV product."""
     parts = op.Transpose(op.Reshape(rows, numbers(0, 0, 3, heads, -1)), perm=(2, 0, 3, 1, 4))
-    both, v = some(parts, 0, 0, 2), some(parts, 0, 2, 3)
+    return normed_heads(some(parts, 0, 0, 2), rows, scales), some(parts, 0, 2, 3)
+
+
+def normed_heads(both: Any, rows: Any, scales: Any) -> Any:
+    """q and k (2, batch, heads, rows, head_dim) of the type of `rows`, normed, as float32."""
     wide = cast(both, rows.dtype, FLOAT)
     mean = op.ReduceMean(op.Mul(wide, wide), numbers(-1), keepdims=1)
     scaled = op.Div(wide, op.Sqrt(op.Add(mean, constant(EPSILON, FLOAT))))
     factors = op.Unsqueeze(cast(scales, scales.dtype, FLOAT), numbers(1, 2, 3))
-    return cast(cast(op.Mul(scaled, factors), FLOAT, rows.dtype), rows.dtype, FLOAT), v
+    return cast(cast(op.Mul(scaled, factors), FLOAT, rows.dtype), rows.dtype, FLOAT)
 
 
 def rotated(x: Any, cosine: Any, sine: Any) -> Any:
@@ -154,6 +164,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.step1x.gelu_join.default: gelu_join,
     torch.ops.step1x.attention.default: attention,
     torch.ops.step1x.qk_norm_rope.default: qk_norm_rope,
+    torch.ops.step1x.qk_norm_rope_single.default: qk_norm_rope_single,
     torch.ops.aten.slice.Tensor: some,
     torch.ops.aten.split.Tensor: split,
     torch.ops.aten.split_with_sizes.default: split_with_sizes,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step1x.kernels.launch import CHIPS, Compilation, Example, define, jit, tl
+from step1x.kernels.launch import CHIPS, Compilation, Example, adjacent, define, jit, tl
 
 E4M3_MAX = 448.0
 # The least maximum of a row in its scale: rows of zeros get a positive, normal scale, and no quotient exceeds 448.
@@ -36,10 +36,10 @@ def check_rows(x: Tensor, vectors: tuple[Tensor, ...], *others: Tensor) -> None:
 
 
 def kernel_input(x: Tensor) -> Tensor:
-    """x with adjacent elements in the last axis, as the row kernels read it."""
+    """x as the row kernels read it."""
     if x.dtype == torch.float64:
         raise ValueError("the kernels compute in float32: float64 is for the reference")
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return adjacent(x)
 
 
 def row_settings(width: int) -> tuple[int, int]:
@@ -193,7 +193,7 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
 
 adaln_op = define("adaln", adaln_reference, adaln_triton, adaln_fake, examples)
 adaln = adaln_op.call
-adaln_fp8_op = define("adaln_fp8", adaln_fp8_reference, adaln_fp8_triton, adaln_fp8_fake, examples)
+adaln_fp8_op = define("adaln_fp8", adaln_fp8_reference, adaln_fp8_triton, adaln_fp8_fake, examples, fp8=True)
 adaln_fp8 = adaln_fp8_op.call
 OPS = (adaln_op, adaln_fp8_op)
 

@@ -70,7 +70,12 @@ def compile_ahead(compilation: Compilation, chip: int) -> Resources:
 
     kernel, signature = compilation.kernel, dict(compilation.signature)
     # A launch tells the compiler which arguments are multiples of 16; without it there are no wide or async copies.
-    aligned = {name for name, kind in signature.items() if kind.startswith("*")} | compilation.aligned
+    free = {one.name for one in kernel.params if one.do_not_specialize}
+    if apart := {name for name, kind in signature.items() if kind == "i32"} - compilation.aligned - free:
+        raise ValueError(
+            f"{kernel.__name__}: a launch compiles {', '.join(sorted(apart))} anew for 1 and multiples of 16"
+        )
+    aligned = ({name for name, kind in signature.items() if kind.startswith("*")} | compilation.aligned) - free
     source = ASTSource(
         fn=kernel,
         signature={name: signature.get(name, "constexpr") for name in kernel.arg_names},

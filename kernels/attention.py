@@ -23,10 +23,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step1x.kernels.launch import Compilation, Example, capability, define, jit, nearest, tl, triton
+from step1x.kernels.launch import (
+    Compilation,
+    Example,
+    adjacent,
+    capability,
+    define,
+    jit,
+    jit_for_sizes,
+    nearest,
+    tl,
+    triton,
+)
 
 HEAD_DIMS = (32, 64, 128)  # of the kernel; the references take any
 STRIDES = ("q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")
+SIZES = ("heads", "queries", "keys")
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
@@ -104,7 +116,7 @@ def _step(  # type: ignore[no-untyped-def]
     return acc, higher, total * shrink + tl.sum(weights, 1)
 
 
-@jit
+@jit_for_sizes(*SIZES)
 def _attention_kernel(  # type: ignore[no-untyped-def]
     q, k, v, bias, out, lse, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     heads, queries, keys, scale,
@@ -159,7 +171,9 @@ def launch(chip: int, head_dim: int, dtype: torch.dtype) -> Launch:
     and 8 in float32 on sm_89. No setting has been timed yet.
     """
     if dtype == torch.float32:
-        return Launch(16, 32, 4, 2, False)  # no tensor cores: up to 147 registers, 42 KB shared; 32 queries spill
+        # No tensor cores: up to 80 registers. With 4 warps and blocks of 32 keys, triton 3.8 takes all 255 of them and
+        # spills up to 376 bytes, where 3.6 takes 147; with two stages triton 3.7 spills 16 bytes on sm_100.
+        return Launch(32, 16, 8, 1, False)
     if chip in (90, 100):
         # sm_90 (wgmma): 217 registers of 255, 161 KB shared; blocks of 64 keys and 3 stages: 147, 129 KB, but the sums
         # are rescaled twice as often. sm_100 (tcgen05): 183, 161 KB.
@@ -170,11 +184,8 @@ def launch(chip: int, head_dim: int, dtype: torch.dtype) -> Launch:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy where its last axis is strided or a row does not begin at a multiple of 16 bytes."""
-    steps = [stride * x.element_size() for stride in x.stride()[:3]]
-    if x.stride(3) == 1 and all(step > 0 and step % 16 == 0 for step in (*steps, x.data_ptr() or 16)):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    """`adjacent`, and a copy where an axis is expanded, which no descriptor takes."""
+    return adjacent(x if all(x.stride()) else x.clone(memory_format=torch.contiguous_format))
 
 
 def _tiles(x: Tensor, rows: int, tma: bool) -> Any:
@@ -278,7 +289,7 @@ def compilations(chip: int) -> Iterator[Compilation]:
             **(tiles if settings.tma else dict.fromkeys(rows, f"*{kind}")),
             **({"bias": "*fp32"} if biased else {}),
             **{"out": f"*{kind}", "lse": "*fp32"},
-            **dict.fromkeys((*STRIDES, "heads", "queries", "keys"), "i32"),
+            **dict.fromkeys((*STRIDES, *SIZES), "i32"),
             "scale": "fp32",
         }
         constants = {

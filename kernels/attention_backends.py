@@ -2,21 +2,23 @@
 
 Libraries take no bias per key, or lose their fast kernel to it. Where few keys are biased (the rows that stand for
 collapsed padding) they need none: they attend to all keys without bias and return the log-sum-exp of the logits, and
-`merge` adds what the biases change.
+`merge_biased` adds what the biases change: two launches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from math import log
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from step1x.kernels.attention import attention, attention_reference, check, joined
-from step1x.kernels.attention_fp8 import attention_fp8
-from step1x.kernels.launch import CHIPS, capability, nearest, runs_kernels
+from step1x.kernels.attention import attention, attention_op, attention_reference, check, joined
+from step1x.kernels.attention_fp8 import attention_fp8, attention_fp8_op
+from step1x.kernels.launch import CHIPS, Example, Op, assuming, capability, nearest, runs_kernels
+from step1x.kernels.merge_biased import merge_biased, merge_biased_reference
 
 
 class Attention(Protocol):
@@ -33,27 +35,33 @@ WithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 sdpa = attention_reference
 
 
-def merge(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention to all keys with the bias on some, from attention without: k, v and bias are those keys' alone.
-
-    A key of logit s and bias b weighs exp(s - lse) of the sum without bias and gains e^b - 1 times that. Exact, but
-    made for b >= 0: a key masked out (b = -inf) would cancel what `out` already rounded.
-    """
-    dtype = lse.dtype
-    logits = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * q.shape[-1] ** -0.5
-    gain = torch.expm1(bias.to(dtype))[:, None, None] * torch.exp(logits - lse[..., None])  # (batch, heads, M, keys)
-    return ((out.to(dtype) + gain @ v.to(dtype)) / (1 + gain.sum(-1, keepdim=True))).to(out.dtype)
+# `merge_biased`, or its reference.
+Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def merged(biased: slice | None, with_lse: WithLse, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def merged(
+    biased: slice | None,
+    with_lse: WithLse,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    merge: Merge = merge_biased,
+) -> Tensor:
     """`biased`: the keys whose bias may differ from zero, known to the host, so that nothing waits for the GPU."""
     check(q, k, v, bias)
     out, lse = with_lse(q, k, v)
-    if bias is not None:
-        if biased is None:
-            raise ValueError("this attention backend must be told which keys carry a bias")
-        out = merge(out, lse, q, k[:, :, biased], v[:, :, biased], bias[:, biased])
-    return joined(out)
+    if bias is None:
+        return joined(out)
+    if biased is None:
+        raise ValueError("this attention backend must be told which keys carry a bias")
+    return merge(out, lse, q, k[:, :, biased], v[:, :, biased], bias[:, biased])
+
+
+def automatic(biased: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """`biased` where there is a bias; PyTorch's own choice without one, and in dtypes that flash kernels lack."""
+    short = q.device.type == "cpu" or q.dtype in (torch.bfloat16, torch.float16)
+    return biased(q, k, v, bias) if bias is not None and short else sdpa(q, k, v, bias)
 
 
 def torch_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +69,7 @@ def torch_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     aten = torch.ops.aten
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif capability(q.device) in (90, 100):
+    elif nearest(capability(q.device)) in (90, 100):
         out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
     else:
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
@@ -81,8 +89,8 @@ def sage_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-# Part of a GPU's name -> its fastest exact backend, which "fp8" and "sage" are not, and each with the line of
-# bench/results that says so.
+# Part of a GPU's name -> its fastest exact backend where it is another than "auto" takes, which "fp8" and "sage" are
+# not, and each with the line of bench/results that says so.
 MEASURED: dict[str, str] = {}
 
 
@@ -100,26 +108,63 @@ def available(device: torch.device) -> tuple[str, ...]:
     return tuple(name for name, there in usable.items() if there)
 
 
-def measured(device: torch.device) -> str:
-    """The backend of "auto"."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return next((name for part, name in MEASURED.items() if part in gpu and name in available(device)), "sdpa")
+def automatic_name(device: torch.device, biased: slice | None) -> str:
+    """The backend of "auto" where there is a bias on the keys `biased`; None: on any."""
+    there = available(device)
+    gpu = "" if assuming() or device.type != "cuda" else torch.cuda.get_device_name(device)
+    known = next((name for part, name in MEASURED.items() if part in (gpu or device.type) and name in there), None)
+    if known is not None:
+        return known
+    return "merged" if device.type == "cuda" and biased is not None and "merged" in there else "sdpa"
 
 
-def choose(name: str, device: torch.device, biased: slice | None = None) -> Attention:
+def choose(name: str, device: torch.device, biased: slice | None = None, merge: Merge = merge_biased) -> Attention:
     """The backend of that name, or "auto". biased: see `merged`."""
     if name == "auto":
-        name = measured(device)
+        return partial(automatic, choose(automatic_name(device, biased), device, biased, merge))
     if name not in available(device):
         raise ValueError(
             f"attention backend {name!r} is not available on {device}: auto, {', '.join(available(device))}"
         )
     backends: dict[str, Attention] = {
         "sdpa": sdpa,
-        "merged": partial(merged, biased, torch_lse),
+        "merged": partial(merged, biased, torch_lse, merge=merge),
         "triton": attention,
         "fp8": attention_fp8,
-        "flash3": partial(merged, biased, flash3_lse),
-        "sage": partial(merged, biased, sage_lse),
+        "flash3": partial(merged, biased, flash3_lse, merge=merge),
+        "sage": partial(merged, biased, sage_lse, merge=merge),
     }
     return backends[name]
+
+
+def checked_by(name: str, device: torch.device, biased: slice | None) -> Op | None:
+    """The operation whose check (checks.py) a backend rests on, if it rests on one of ours or on `merged`."""
+    name = automatic_name(device, biased) if name == "auto" else name
+    return {"merged": merged_op, "triton": attention_op, "fp8": attention_fp8_op}.get(name)
+
+
+EXAMPLE = slice(7, 10)  # the biased keys of the examples
+
+
+def _merged_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    return merged(EXAMPLE, torch_lse, q, k, v, bias, merge_biased_reference)
+
+
+def _examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    for heads, queries, keys, head_dim in ((3, 130, 200, 128), (2, 45, 77, 32)):
+        rows = (queries, keys, keys)
+        q, k, v = (torch.randn(2, heads, count, head_dim, device=device).to(dtype) for count in rows)
+        bias = torch.zeros(2, keys, device=device)
+        bias[:, EXAMPLE] = torch.tensor([0.0, log(37.0), log(145.2)], device=device)
+        yield q, k, v, bias
+
+
+# Not registered: what is checked is PyTorch's kernel of the chip, of which two results are put to use.
+merged_op = Op(
+    name="attention_merged",
+    call=_merged_call,
+    reference=attention_reference,
+    kernel=_merged_call,
+    examples=_examples,
+    dtypes=(torch.bfloat16,),
+)

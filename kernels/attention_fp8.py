@@ -35,7 +35,19 @@ from torch import Tensor
 
 from step1x.kernels.adaln import E4M3_MAX, SMALLEST, quantised, row_scale
 from step1x.kernels.attention import HEAD_DIMS, attention_op, check, joined
-from step1x.kernels.launch import CHIPS, Compilation, Example, capability, define, jit, nearest, rows_of, tl, triton
+from step1x.kernels.launch import (
+    CHIPS,
+    Compilation,
+    Example,
+    adjacent,
+    capability,
+    define,
+    jit,
+    jit_for_sizes,
+    nearest,
+    tl,
+    triton,
+)
 
 QUERIES, KEYS = 128, 64  # rows of q and of k that share a scale; what a program and a step of its loop compute
 WARPS, STAGES = 8, 3
@@ -107,7 +119,7 @@ def attention_fp8_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     return joined(out[:, :, : q.shape[2]].to(q.dtype))
 
 
-@jit
+@jit_for_sizes("heads", "rows")
 def _quantise_rows_kernel(  # type: ignore[no-untyped-def]
     x, mean, out, scales, x_batch, x_head, x_row, heads, rows, factor, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
@@ -125,7 +137,7 @@ def _quantise_rows_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + at * HEAD_DIM + channel, quantised(tile, scale))
 
 
-@jit
+@jit_for_sizes("heads", "rows")
 def _quantise_values_kernel(  # type: ignore[no-untyped-def]
     x, scales, out, x_batch, x_head, x_row, heads, rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
@@ -152,7 +164,7 @@ def _tile(  # type: ignore[no-untyped-def]
     return tile
 
 
-@jit
+@jit_for_sizes("heads", "queries", "keys")
 def _attention_fp8_kernel(  # type: ignore[no-untyped-def]
     q, q_scale, k, k_scale, v, v_scale, bias, out, heads, queries, keys,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr,
@@ -203,7 +215,7 @@ def quantise_triton(q: Tensor, k: Tensor, v: Tensor) -> Quantised:
     batch, heads, _, head_dim = k.shape
 
     def in_blocks(x: Tensor, rows: int, mean: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
-        x, blocks = rows_of(x), triton.cdiv(x.shape[2], rows)
+        x, blocks = adjacent(x), triton.cdiv(x.shape[2], rows)
         out = x.new_empty(batch, heads, blocks * rows, head_dim, dtype=torch.float8_e4m3fn)
         scales = x.new_empty(batch, heads, blocks, dtype=torch.float32)
         _quantise_rows_kernel[(blocks, batch * heads)](
@@ -221,7 +233,7 @@ def quantise_triton(q: Tensor, k: Tensor, v: Tensor) -> Quantised:
         )
         return out, scales
 
-    v, v_scale, blocks = rows_of(v), _channel_scales(v), triton.cdiv(v.shape[2], KEYS)
+    v, v_scale, blocks = adjacent(v), _channel_scales(v), triton.cdiv(v.shape[2], KEYS)
     v8 = v.new_empty(batch, heads, head_dim, blocks * KEYS, dtype=torch.float8_e4m3fn)
     _quantise_values_kernel[(blocks, batch * heads)](
         v,
@@ -292,7 +304,9 @@ def _examples(device: torch.device, dtype: torch.dtype) -> Iterable[Example]:
     yield q, k + 30 * k[:, :, :1], v, torch.randn(2, 150, device=device)
 
 
-attention_fp8_op = define("attention_fp8", attention_fp8_reference, attention_fp8_triton, _fake, _examples)
+attention_fp8_op = define(
+    "attention_fp8", attention_fp8_reference, attention_fp8_triton, _fake, _examples, fp8=True, tolerance=2**-7
+)
 attention_fp8 = attention_fp8_op.call
 
 OPS = (attention_fp8_op,)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from step1x.kernels.launch import Compilation, Example, define, jit, rows_of, tl, triton
+from step1x.kernels.launch import Compilation, Example, adjacent, define, jit_for_sizes, tl, triton
 
 FLOWS = ("autocast-state", "autocast-fp32", "pure")
 POWER = 0.4  # of the norm that the difference is divided by
@@ -65,7 +65,7 @@ def cfg_step_reference(
     return (latents + length * velocity).to(_result_dtype(latents, prediction, flow)).contiguous()
 
 
-@jit
+@jit_for_sizes("tokens")
 def _cfg_step_kernel(  # type: ignore[no-untyped-def]
     latents_ptr,
     prediction_ptr,
@@ -137,7 +137,7 @@ def cfg_step_triton(
         raise ValueError("the kernel of cfg_step computes in float32: float64 is for the reference")
     if out.numel() == 0:
         return out
-    latents, prediction = rows_of(latents), rows_of(prediction)
+    latents, prediction = adjacent(latents), adjacent(prediction)
     batch, tokens, channels = latents.shape
     constants = _constants(channels, rescaled, flow)
     _cfg_step_kernel[triton.cdiv(tokens, constants["ROWS"]), batch](
@@ -181,10 +181,7 @@ def _examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
 
 
 def compilations(chip: int) -> Iterator[Compilation]:
-    """On every chip the same. 64 channels in all released models and in the small bundled one.
-
-    Token counts that are multiples of 16 are compiled apart, to the same loads and stores.
-    """
+    """On every chip the same. 64 channels in all released models and in the small bundled one."""
     strides = ("latents_batch_stride", "latents_row_stride", "prediction_batch_stride", "prediction_row_stride")
     sizes = dict.fromkeys((*strides, "tokens"), "i32")
     flows = [("bf16", "bf16", "bf16", "autocast-state"), ("bf16", "bf16", "bf16", "pure")]

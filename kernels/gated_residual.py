@@ -223,6 +223,7 @@ gated_residual_adaln_fp8_op = define(
     gated_residual_adaln_fp8_triton,
     gated_residual_adaln_fp8_fake,
     adaln_examples,
+    fp8=True,
 )
 gated_residual_adaln_fp8 = gated_residual_adaln_fp8_op.call
 OPS = (gated_residual_op, gated_residual_adaln_op, gated_residual_adaln_fp8_op)

@@ -157,7 +157,7 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
 
 gelu_join_op = define("gelu_join", gelu_join_reference, gelu_join_triton, gelu_join_fake, examples)
 gelu_join = gelu_join_op.call
-gelu_quant_op = define("gelu_quant", gelu_quant_reference, gelu_quant_triton, gelu_quant_fake, examples)
+gelu_quant_op = define("gelu_quant", gelu_quant_reference, gelu_quant_triton, gelu_quant_fake, examples, fp8=True)
 gelu_quant = gelu_quant_op.call
 OPS = (gelu_join_op, gelu_quant_op)
 

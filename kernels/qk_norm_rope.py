@@ -1,7 +1,8 @@
 """From the fused QKV product to what attention takes: query and key norms, rotary positions, heads before rows.
 
 qk_norm_rope          q, k and v of text rows and image rows, joined, in one launch.
-qk_norm_rope_scatter  the same for some image tokens: q of them, k and v into a cache that holds all rows.
+qk_norm_rope_single   q and k of rows of one stream, whose v attention reads where the product left it.
+qk_norm_rope_scatter  of text rows and some image tokens: q of them, k and v into a cache that holds all rows.
 
 Formula: model.md §3.5 and §3.6, engine/dit.py (QKNorm, apply_rope). Per head, with its learnt scale s:
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from step1x.kernels.launch import Compilation, Example, define, jit, rows_of, tl, triton
+from step1x.kernels.launch import Compilation, Example, adjacent, define, jit, jit_for_sizes, tl, triton
 
 EPS = 1e-6
 WARPS = 8  # 64 registers a thread in bfloat16; 4 warps take 96 and a barrier
@@ -47,13 +48,14 @@ def _sizes(
     cos: Tensor,
     sin: Tensor,
     heads: int,
+    parts: int = 3,  # that a row holds: q, k and v, or q and k
 ) -> _Sizes:
-    if image.ndim != 3 or heads < 1 or image.shape[2] == 0 or image.shape[2] % (6 * heads):
-        raise ValueError(f"image must be (batch, tokens, 3 * {heads} heads * even), got {tuple(image.shape)}")
+    if image.ndim != 3 or heads < 1 or image.shape[2] == 0 or image.shape[2] % (2 * parts * heads):
+        raise ValueError(f"image must be (batch, tokens, {parts} * {heads} heads * even), got {tuple(image.shape)}")
     if (text is None) != (text_scales is None):
         raise ValueError("text and text_scales must come together")
     batch, tokens, width = image.shape
-    head_dim = width // (3 * heads)
+    head_dim = width // (parts * heads)
     _require("image_scales", image_scales, (2, head_dim))
     if text is not None and text_scales is not None:
         _require("text", text, (batch, text.shape[1], width))
@@ -120,6 +122,19 @@ def qk_norm_rope_reference(
     return _rotated(q, cos, sin), _rotated(k, cos, sin), v
 
 
+def qk_norm_rope_single_reference(
+    rows: Tensor, scales: Tensor, cos: Tensor, sin: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """q and k, each (batch, heads, N, head_dim), of rows (batch, N, 2 * width): all heads of q, then of k.
+
+    scales, cos, sin, heads: as above.
+    """
+    _sizes(rows, None, scales, None, cos, sin, heads, parts=2)
+    q, k = rows.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = (_rotated(_normed(part, scale), cos, sin) for part, scale in zip((q, k), scales, strict=True))
+    return q.contiguous(), k.contiguous()
+
+
 def qk_norm_rope_scatter_reference(
     image: Tensor,
     text: Tensor | None,
@@ -136,12 +151,12 @@ def qk_norm_rope_scatter_reference(
 
     keys, values (batch, heads, T + all image tokens, head_dim), contiguous, changed in place: text row i goes to row i,
     image token j of picture b to row T + rows[b, j]. rows (batch or 1, n): different from each other. One that lies
-    outside of the caches is a ValueError here and undefined on a GPU, where a check would have to wait for the device.
+    outside of the caches is a ValueError on a CPU and undefined on a GPU, where a check would wait for the device.
     """
     sizes = _sizes(image, text, image_scales, text_scales, cos, sin, heads)
     _check_caches(image, sizes, heads, rows, keys, values)
     outside = (rows < 0) | (rows >= keys.shape[2] - sizes.text)
-    if not torch.compiler.is_exporting() and outside.any():
+    if rows.device.type == "cpu" and not torch.compiler.is_exporting() and outside.any():
         raise ValueError(f"rows must be from 0 to {keys.shape[2] - sizes.text - 1}, got {rows[outside][0].item()}")
     q, k, v = qk_norm_rope_reference(image, text, image_scales, text_scales, cos, sin, heads)
     first = torch.arange(sizes.text, device=rows.device).expand(rows.shape[0], -1)
@@ -168,7 +183,10 @@ def _normed_and_rotated(  # type: ignore[no-untyped-def]
     return tl.reshape(rotated, (ROWS, BLOCK)).to(x.dtype)
 
 
-@jit
+COUNTS = ("rows_batch_stride", "image_rows", "text_rows", "cache_rows")
+
+
+@jit_for_sizes("rows_ptr", *COUNTS)
 def _qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
     image_ptr,
     text_ptr,
@@ -179,7 +197,7 @@ def _qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
     rows_ptr,  # None: k and v have the rows of q
     q_ptr,
     k_ptr,
-    v_ptr,
+    v_ptr,  # None: rows hold q and k alone
     image_batch_stride,
     image_row_stride,
     text_batch_stride,
@@ -226,13 +244,14 @@ def _qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
         plane = batch * HEADS + head
         q = tl.load(source_ptr + head * DIM, mask=mask, other=0.0)
         k = tl.load(source_ptr + (HEADS + head) * DIM, mask=mask, other=0.0)
-        v = tl.load(source_ptr + (2 * HEADS + head) * DIM, mask=mask, other=0.0)
         q = _normed_and_rotated(q, q_scale, cos, sin, EPS, DIM, BLOCK, ROWS)
         k = _normed_and_rotated(k, k_scale, cos, sin, EPS, DIM, BLOCK, ROWS)
         tl.store(q_ptr + (plane * (text_rows + image_rows) + joint[:, None]) * DIM + column, q, mask=mask)
         target = (plane * cache_rows + stored[:, None]) * DIM + column
         tl.store(k_ptr + target, k, mask=mask)
-        tl.store(v_ptr + target, v, mask=mask)
+        if v_ptr is not None:
+            v = tl.load(source_ptr + (2 * HEADS + head) * DIM, mask=mask, other=0.0)
+            tl.store(v_ptr + target, v, mask=mask)
 
 
 def _constants(heads: int, head_dim: int) -> dict[str, int | float]:
@@ -259,9 +278,9 @@ def _launch(
     tables: tuple[Tensor, Tensor],
     heads: int,
     sizes: _Sizes,
-    stored: tuple[Tensor | None, Tensor, Tensor],
+    stored: tuple[Tensor | None, Tensor, Tensor | None],
 ) -> Tensor:
-    """q; `stored` are the rows of the caches or None, keys and values."""
+    """q; `stored` are the rows of the caches or None, keys, and values or None."""
     if image.dtype == torch.float64:
         raise ValueError("the kernel of qk_norm_rope computes in float32: float64 is for the reference")
     batch, text_rows, image_rows, head_dim = sizes
@@ -269,11 +288,11 @@ def _launch(
     q = image.new_empty((batch, heads, text_rows + image_rows, head_dim))
     if q.numel() == 0:
         return q
-    image = rows_of(image)
-    text = image if text is None else rows_of(text)  # never read where there are no text rows
-    image_scales = scales[0].contiguous()
-    text_scales = image_scales if scales[1] is None else scales[1].contiguous()
-    cos, sin = (table.contiguous() for table in tables)
+    image = adjacent(image)
+    text = image if text is None else adjacent(text)  # never read where there are no text rows
+    image_scales = adjacent(scales[0].contiguous())
+    text_scales = image_scales if scales[1] is None else adjacent(scales[1].contiguous())
+    cos, sin = (adjacent(table.contiguous()) for table in tables)
     constants = _constants(heads, head_dim)
     blocks = triton.cdiv(text_rows, constants["ROWS"]) + triton.cdiv(image_rows, constants["ROWS"])
     _qk_norm_rope_kernel[heads // int(constants["GROUP"]), blocks, batch](
@@ -319,6 +338,14 @@ def qk_norm_rope_triton(
     return q, keys, values
 
 
+def qk_norm_rope_single_triton(
+    rows: Tensor, scales: Tensor, cos: Tensor, sin: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    sizes = _sizes(rows, None, scales, None, cos, sin, heads, parts=2)
+    keys = rows.new_empty((sizes.batch, heads, sizes.image, sizes.head_dim))
+    return _launch(rows, None, (scales, None), (cos, sin), heads, sizes, (None, keys, None)), keys
+
+
 def qk_norm_rope_scatter_triton(
     image: Tensor,
     text: Tensor | None,
@@ -352,6 +379,12 @@ def _fake(
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_q(image, text, heads), _fake_q(image, text, heads), _fake_q(image, text, heads)
+
+
+def _fake_single(rows: Tensor, scales: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = rows.shape
+    q = rows.new_empty((batch, heads, tokens, width // (2 * heads)))
+    return q, torch.empty_like(q)
 
 
 def _fake_scatter(
@@ -389,6 +422,13 @@ def _examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
         yield size * normal(1, 5, 192), text, normal(2, 32), normal(2, 32), *tables(1, 8, 32), 2
 
 
+def _single_examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """The streams of the image of `_examples`, with their own part of the tables."""
+    for image, text, scales, _, cos, sin, heads in _examples(device, dtype):
+        first = 0 if text is None else text.shape[1]
+        yield image[..., : image.shape[2] // 3 * 2], scales, cos[:, :, first:], sin[:, :, first:], heads
+
+
 def _scatter_examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
     for image, text, image_scales, text_scales, cos, sin, heads in _examples(device, dtype):
         batch, tokens, width = image.shape
@@ -400,24 +440,19 @@ def _scatter_examples(device: torch.device, dtype: torch.dtype) -> Iterator[Exam
 
 
 def compilations(chip: int) -> Iterator[Compilation]:
-    """On every chip the same: the released models and the small bundled one, whole steps and region steps.
-
-    Row counts that are multiples of 16 are compiled apart, to the same loads and stores.
-    """
+    """On every chip the same: the released models and the small bundled one, whole steps and region steps."""
     strides = ("image_batch_stride", "image_row_stride", "text_batch_stride", "text_row_stride", "table_batch_stride")
-    counts = ("rows_batch_stride", "image_rows", "text_rows", "cache_rows")
-    scatters: tuple[tuple[dict[str, str], dict[str, None]], ...] = (
-        ({}, {"rows_ptr": None}),
-        ({"rows_ptr": "*i64"}, {}),
-    )
+    ways: tuple[tuple[str, ...], ...] = (("v_ptr",), (), ("rows_ptr", "v_ptr"))  # joined, single, scattered
     for heads, head_dim in ((24, 128), (6, 32)):
         for dtype in ("bf16", "fp32"):
             values = ("image_ptr", "text_ptr", "image_scales_ptr", "text_scales_ptr", "q_ptr", "k_ptr", "v_ptr")
-            types = dict.fromkeys(values, f"*{dtype}") | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
-            for pointers, absent in scatters:
+            types = dict.fromkeys(values, f"*{dtype}") | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "rows_ptr": "*i64"}
+            for way in ways:
+                absent = dict.fromkeys({"rows_ptr", "v_ptr"} - {*way})
+                given = {name: kind for name, kind in types.items() if name not in absent}
                 yield Compilation(
                     kernel=_qk_norm_rope_kernel,
-                    signature=types | pointers | dict.fromkeys((*strides, *counts), "i32"),
+                    signature=given | dict.fromkeys((*strides, *COUNTS), "i32"),
                     constants=_constants(heads, head_dim) | absent,
                     num_warps=WARPS,
                     num_stages=1,
@@ -427,6 +462,14 @@ def compilations(chip: int) -> Iterator[Compilation]:
 
 qk_norm_rope_op = define("qk_norm_rope", qk_norm_rope_reference, qk_norm_rope_triton, _fake, _examples)
 qk_norm_rope = qk_norm_rope_op.call
+qk_norm_rope_single_op = define(
+    "qk_norm_rope_single",
+    qk_norm_rope_single_reference,
+    qk_norm_rope_single_triton,
+    _fake_single,
+    _single_examples,
+)
+qk_norm_rope_single = qk_norm_rope_single_op.call
 qk_norm_rope_scatter_op = define(
     "qk_norm_rope_scatter",
     qk_norm_rope_scatter_reference,
@@ -436,4 +479,4 @@ qk_norm_rope_scatter_op = define(
     mutates=("keys", "values"),
 )
 qk_norm_rope_scatter = qk_norm_rope_scatter_op.call
-OPS = (qk_norm_rope_op, qk_norm_rope_scatter_op)
+OPS = (qk_norm_rope_op, qk_norm_rope_single_op, qk_norm_rope_scatter_op)

@@ -15,9 +15,7 @@ __all__ = [
     "Scheme",
     "Speed",
     "Weights",
-    "default_profile",
     "load_profile",
-    "profile_for",
     "profile_names",
 ]
 
@@ -79,9 +77,10 @@ class Profile(_Table):
     vae_dtype: Dtype
     weights: Weights = Weights()
     residency: Residency = Residency()
-    kernels: Literal["auto", "on", "off"] = "auto"  # our own on a GPU: those measured to be faster, all, none
+    kernels: Literal["auto", "on", "off"] = "auto"  # our own on a GPU: all but what loses on its chip, all, none
     attention: str = "auto"  # or a backend by name (kernels/attention_backends.py)
     fp8_attention: tuple[float, float] | None = None  # shares of the steps between which attention is 8-bit
+    products: Literal["auto", "torch", "torchao"] = "auto"  # who multiplies quantised rows (quant/choice.py)
     branches: Branches | None = None  # None: the model's own choice
     kv_dtype: Literal["bfloat16", "float8"] = "bfloat16"  # of keys and values kept between steps
     speed: Speed = "exact"
@@ -124,24 +123,6 @@ class Profile(_Table):
 def profile_names() -> list[str]:
     """The profiles that ship, in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
-
-
-def default_profile(*, cuda: bool) -> str:
-    """The profile to use when none is asked for."""
-    return "bf16-80gb" if cuda else "cpu"
-
-
-def profile_for(memory_gb: float, capability: float) -> str:
-    """The shipped profile for a GPU: the most faithful of the fastest that fit. `capability`: such as 8.9.
-
-    A card below the least budget gets the smallest profile, whose plan then says what is missing.
-    """
-    wanted = ("bf16-80gb", "fp8-24gb", "int8-24gb", "fp8-18gb", "int4-12gb")  # best first
-    fitting = [load_profile(name) for name in wanted]
-    for profile in fitting:
-        if memory_gb >= profile.budget_gb and capability >= profile.capability:
-            return profile.name
-    return wanted[-1]
 
 
 def load_profile(name_or_path: str | Path) -> Profile:

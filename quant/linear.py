@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step1x.kernels.adaln import quantise_rows
-from step1x.quant.products import fp8_product, int8_product
+from step1x.quant.choice import DYNAMIC, Products, product_of
+from step1x.quant.products import Product, fp8_product, int8_product, weight_only_product
 from step1x.quant.rules import Component, rules
 from step1x.quant.schemes import Scheme, fits, layout
 from step1x.quant.weights import dequantise, quantise, quantise_int8
@@ -23,11 +24,12 @@ __all__ = [
     "quantise",
     "quantise_layers",
     "swap",
+    "use_products",
 ]
 
 Rows = Tensor | tuple[Tensor, Tensor]  # (..., in), or for fp8 e4m3 values (..., in) and float32 scales (..., 1)
 ALL = slice(None)
-DYNAMIC = ("fp8", "int8")  # schemes that quantise the rows that come in
+EIGHT_BIT = ("fp8", "fp8-weight", "int8", "int8-weight")
 
 
 class QuantizedLinear(nn.Module):
@@ -47,6 +49,7 @@ class QuantizedLinear(nn.Module):
         self.scheme = scheme
         self.dtype = dtype
         self.exact = False  # rows that come in are not quantised: for `exactly`
+        self.product: Product | None = None  # None: torch's; for `use_products`
         self.parts = tuple(parts)
         for name, part in parts.items():
             self.register_buffer(name, part)
@@ -85,9 +88,11 @@ class QuantizedLinear(nn.Module):
         bias = None if self.bias is None else self.bias[outputs]
         if self.scheme not in DYNAMIC or (self.exact and isinstance(rows, Tensor)):
             assert isinstance(rows, Tensor)
+            if self.scheme in EIGHT_BIT:
+                return weight_only_product(rows, (parts["weight"], parts["weight_scale"]), bias)
             return F.linear(rows, dequantise(self.scheme, parts, self.dtype), bias)
         quantised = rows if isinstance(rows, tuple) else self._quantised(rows)
-        product = fp8_product if self.scheme == "fp8" else int8_product
+        product = self.product or (fp8_product if self.scheme == "fp8" else int8_product)
         values, scales = (part.reshape(-1, part.shape[-1]) for part in quantised)
         out = product((values, scales), (parts["weight"], parts["weight_scale"]), bias, self.dtype)
         return out.unflatten(0, quantised[0].shape[:-1])
@@ -102,6 +107,17 @@ class QuantizedLinear(nn.Module):
 def dynamic(module: nn.Module) -> list[QuantizedLinear]:
     """The layers of a module that quantise the rows that come in."""
     return [layer for layer in module.modules() if isinstance(layer, QuantizedLinear) and layer.scheme in DYNAMIC]
+
+
+def use_products(module: nn.Module, choice: Products, device: torch.device) -> None:
+    """Sets who multiplies in the layers of a module that quantise rows, when they run on a device.
+
+    Raises ValueError, one line, if torchao is asked for and cannot be had.
+    """
+    layers = dynamic(module)
+    found = {scheme: product_of(choice, scheme, device) for scheme in {layer.scheme for layer in layers}}
+    for layer in layers:
+        layer.product = found[layer.scheme]
 
 
 @contextmanager

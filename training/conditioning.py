@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from step1x.engine.dit import Text
+from step1x.engine.qwen import going_on
 from step1x.engine.text import Conditioner
 from step1x.engine.text_ids import Grid, rope_positions
 from step1x.engine.variants import Variant
@@ -30,6 +31,8 @@ class TextSide(nn.Module):
 
     def forward(self, patches: Tensor, grid: Grid, instructions: list[str]) -> Text:
         """patches: (batch, patches, pixels) of equally sized pictures. Rows are (batch, text_tokens, width)."""
+        from transformers import DynamicCache
+
         batch, device = len(instructions), self.model.device
         cut, length = self.variant.template_tokens, self.variant.text_tokens
         image_tokens = grid.rows * grid.columns
@@ -43,19 +46,21 @@ class TextSide(nn.Module):
             positions[:, row, : len(sequence)] = rope_positions(values, self.conditioner.tokens.image_pad, grid)
         table, positions = table.to(device), positions.to(device)
         language = self.model.language_model
-        head = language(
+        known = DynamicCache()
+        language(
             inputs_embeds=language.embed_tokens(table[:1, :cut]),
             position_ids=positions[:, :1, :cut],
             use_cache=True,
+            **going_on(language, known),
         )
-        head.past_key_values.batch_repeat_interleave(batch)
+        known.batch_repeat_interleave(batch)
         suffix = table[:, cut:]
         embeds = self._placed(language.embed_tokens(suffix), suffix, patches, grid)
         hidden = language(
             inputs_embeds=embeds,
             position_ids=positions[:, :, cut:],
-            past_key_values=head.past_key_values,
             use_cache=True,
+            **going_on(language, known),
         ).last_hidden_state
         lengths = torch.tensor([len(sequence) - cut for sequence in ids], device=device)
         mask = torch.arange(length, device=device)[None] < lengths[:, None]

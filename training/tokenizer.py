@@ -32,6 +32,29 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = r"""{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'image' %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif part.type == 'video' %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+            {%- elif 'text' in part %}
+                {{- part.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+"""
 BYTES = 256
 PATCH = 14  # patch, merge and window of the real vision tower (model.md §1.1): the picture path stays the same
 MERGE = 2
@@ -186,10 +209,16 @@ def save_text_model(
     config: dict[str, Any] = model.config.to_dict()
     config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
+    _spell_for_both(config["text_config"])
     _write_json(text_encoder / "config.json", config)
     tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, text_encoder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(str(processor))
+    written = json.loads((processor / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    # transformers 4 wants a dictionary under the new name; both take a list under the old one.
+    written["additional_special_tokens"] = written.pop("extra_special_tokens")
+    _write_json(processor / TOKENIZER_CONFIG, written)
+    (processor / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     vision = model.config.vision_config
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor",
@@ -202,6 +231,13 @@ def save_text_model(
         "image_std": list(CLIP_STD),
     }
     _write_json(processor / "preprocessor_config.json", preprocessor)
+
+
+def _spell_for_both(text: dict[str, Any]) -> None:
+    """Adds to a text model's settings what transformers 4 calls `rope_parameters`."""
+    scaling = dict(text["rope_parameters"])
+    text["rope_theta"] = scaling.pop("rope_theta")
+    text["rope_scaling"] = scaling
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

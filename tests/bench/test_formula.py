@@ -99,7 +99,8 @@ def test_text_model() -> None:
             )
         with flop_counter() as vision:
             see(model.visual, rows, columns)
-    assert language.get_total_flops() == formula.language_model(config.text_config, 7)
+    positions = 2 * 3 * 7 * 8  # times frequencies: some versions of transformers do it as a product of matrices
+    assert language.get_total_flops() - formula.language_model(config.text_config, 7) in (0, positions)
     assert vision.get_total_flops() == formula.vision_tower(config.vision_config, rows, columns)
 
 

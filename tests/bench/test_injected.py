@@ -15,6 +15,8 @@ from step1x.engine import denoise
 from step1x.engine.fused import Fused
 from step1x.engine.text import Conditioner, Conditioning
 
+pytestmark = pytest.mark.long
+
 
 def failures(group: str) -> dict[str, Difference]:
     """What the gate says of one group of counters against the committed baseline."""

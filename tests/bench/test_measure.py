@@ -3,9 +3,13 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from step1x.bench.cards import CARDS
 from step1x.bench.ceilings import ceiling, gemm_rate
+from step1x.bench.counters import photograph
+from step1x.bench.fake_cuda import FakeCuda
 from step1x.bench.measure import Settings, measure, report
 from step1x.bench.record import Record
+from step1x.engine import Engine
 from step1x.engine.cli import program
 from step1x.engine.timing import STAGES
 
@@ -48,3 +52,15 @@ def test_command_line() -> None:
     assert json.loads(done.stdout)["suite"] == "edit"
     assert CliRunner().invoke(program, ["bench", "--profile", "none"]).exit_code == 2
     assert CliRunner().invoke(program, ["bench", "--steps", "0"]).exit_code == 2
+
+
+def test_warm_edits_on_a_gpu_are_compiled_ones() -> None:
+    """FLOPs are counted where operators can be seen; an edit that nobody compiles captures nothing."""
+    with FakeCuda(CARDS["H100"]) as machine:
+        engine = Engine.load(profile="bf16-80gb", cache=False)
+        engine.edit(photograph(64, 64), "make it snow", size=64, steps=2)
+        assert not machine.named("capture_begin")
+        record = measure(Settings(profile="bf16-80gb", size=64, steps=2, runs=1))
+        assert machine.named("capture_begin")
+    assert record.metrics["flops"].value > 1e8
+    assert record.profile == "bf16-80gb"

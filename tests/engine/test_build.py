@@ -361,6 +361,7 @@ def test_a_build_has_one_layer_in_memory(model: Path, tmp_path: Path, scheme: st
     assert peak - before < 0.36e9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("what", "count", "words"), [("kills", "16", "16 builds killed"), ("races", "3", "3 races of two")]
 )

@@ -316,3 +316,10 @@ def test_a_coarse_velocity_runs_its_stretch_of_the_steps() -> None:
     runner = Runner(exact, coarse=coarse, stretch=(0.25, 0.75))
     assert [runner.at(index / 4) for index in range(4)] == [exact, coarse, coarse, exact]
     assert Runner(exact).at(0.5) is exact
+
+
+@pytest.mark.parametrize(("tokens", "rescaled"), [(1024, 4), (2304, 5), (4096, 6)])
+def test_the_gate_of_v11_is_open_for_the_steps_of_the_release(tokens: int, rescaled: int) -> None:
+    """Of 28 steps at 512, 768 and 1024 pixels (§5.4)."""
+    gate = variant("official-v1.1").rescale_above
+    assert int((timesteps(28, tokens)[:-1] > gate).sum()) == rescaled

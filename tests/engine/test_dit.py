@@ -1,5 +1,6 @@
 """The transformer on small random weights: shapes and dtypes, batches, what a token sees, rotary positions."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from step1x.engine.connector import ConnectorConfig
-from step1x.engine.dit import DiT, DiTConfig, Text, apply_rope, modulate, rope_tables
+from step1x.engine.dit import DiT, DiTConfig, RMSNorm, Text, apply_rope, modulate, rope_tables
 from step1x.engine.image import image_ids
 from step1x.quant.linear import quantise_layers
 from step1x.quant.schemes import Scheme
@@ -278,3 +279,16 @@ def test_modulations_may_be_quantised_and_elsewhere(small_dit: Callable[..., DiT
     there = dit.modulate(vec.to("meta"))
     assert there.single[0].shape == wanted.single[0].shape
     assert {part.device.type for part in (*there.double[0], *there.single, there.final)} == {"meta"}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5])
+def test_rows_are_normed_with_their_epsilon(size: float) -> None:
+    """Rows as small as the epsilon of 1e-6 are not brought to length 1 by all of it."""
+    x = size * torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    norm = RMSNorm(8).double()
+    torch.nn.init.uniform_(norm.scale, 0.5, 2)
+    for row, found in zip(x.tolist(), norm(x).tolist(), strict=True):
+        length = math.sqrt(sum(value * value for value in row) / 8 + 1e-6)
+        assert found == pytest.approx(
+            [v / length * s for v, s in zip(row, norm.scale.tolist(), strict=True)], rel=1e-12
+        )

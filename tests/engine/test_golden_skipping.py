@@ -1,20 +1,26 @@
 """Rules of step and region skipping against decisions recorded from RegionE and the official TeaCache."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from step1x.engine import image, plan, sizes
 from step1x.engine.checkpoint import Checkpoint
+from step1x.engine.denoise import Guidance, Halves, Loop, Runner, branches
 from step1x.engine.dit import DiT, Text
-from step1x.engine.schedule import guided, timesteps
+from step1x.engine.fused import Fused
+from step1x.engine.policy import TeaCache
+from step1x.engine.schedule import timesteps
+from step1x.engine.skipping import Skipping, by_similarity, skip
+from step1x.engine.text import Conditioning
+from step1x.engine.variants import variant
 from step1x.engine.weights import build, dit_targets
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -114,40 +120,40 @@ def load() -> DiT:
     return dit
 
 
-class TeaCacheRun:
-    """The official loop with TeaCache, on the inputs of the official trajectory."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watched(TeaCache):
+    """Writes down what it sees of each step but the first, which has nothing to compare with: change, gathered."""
 
-    def __init__(self, steps: int, guidance: float) -> None:
-        inputs = load_file(GOLDEN / "trajectory_official.safetensors")
-        self.dit, self.steps, self.guidance = load(), steps, guidance
-        self.latents, self.reference = image.pack(inputs["in.noise_latent"]), image.pack(inputs["in.ref_latent"])
-        self.schedule = timesteps(steps, self.latents.shape[1])
-        self.request = self.dit.prepare(Text(inputs["in.llm_embedding"], inputs["in.mask"]))
-        self.rope = self.dit.rope(inputs["prepared.txt_ids"], inputs["prepared.img_ids"])
-        self.made: list[plan.Decision] = []
-        self.changes: list[float] = []
-        self.path: list[Tensor] = []
+    seen: list[tuple[float, float]] = field(default_factory=list)
 
-    def run(self, rule: plan.TeaCacheRule) -> None:
-        latents, target = self.latents, self.latents.shape[1]
-        previous, residual = torch.ones(1), torch.zeros(1)
-        accumulated = 0.0
-        for index in range(self.steps):
-            step = self.dit.condition(self.request, self.schedule[index].expand(2))
-            before = self.dit.img_in(torch.cat((latents, self.reference), dim=1).repeat(2, 1, 1))
-            signal = F.layer_norm(before, before.shape[-1:], eps=1e-6)  # without the step's modulation (§3.3)
-            self.changes.append(plan.relative_change(signal, previous) if index else 0.0)
-            forced = index in (0, self.steps - 1)
-            decision = plan.decide(rule, accumulated, self.changes[-1], forced=forced)
-            if decision.compute:
-                residual = self.dit.transform(before, step, self.rope) - before
-            velocity = self.dit.final_layer(before + residual, step.mods.final)[:, :target]
-            cond, uncond = velocity.chunk(2)
-            change = self.schedule[index + 1] - self.schedule[index]
-            latents = latents + change * guided(cond, uncond, self.guidance, rescaled=False)
-            previous, accumulated = signal, decision.accumulated
-            self.made.append(decision)
-            self.path.append(latents)
+    def decide(self, planned: plan.StepPlan, gathered: float, change: float) -> tuple[plan.StepPlan, float]:
+        # Not super(): a class with slots is made twice, and this function knows the first one.
+        made, after = TeaCache.decide(self, planned, gathered, change)
+        self.seen.append((change, after))
+        return made, after
+
+
+def loop_of(facts: dict[str, str], *, fused: bool, batched: bool) -> tuple[DiT, Loop, tuple[Tensor, Tensor]]:
+    """The engine's loop on the inputs of the official trajectory."""
+    inputs = load_file(GOLDEN / "trajectory_official.safetensors")
+    dit = load()
+    state = (image.pack(inputs["in.noise_latent"]), image.pack(inputs["in.ref_latent"]))
+    rows = [
+        Conditioning(
+            Text(inputs["in.llm_embedding"][at : at + 1], inputs["in.mask"][at : at + 1]),
+            inputs["prepared.txt_ids"][at : at + 1],
+        )
+        for at in range(2)
+    ]
+    own = Fused(dit)
+    runner = Runner(own.velocity, rows=own.velocity, halves=Halves(own.blocks, own.blocks, own.final_block))
+    ids = inputs["prepared.img_ids"][:1]
+    forwards = branches(dit, [[one] for one in rows], ids, batched, runner=runner if fused else None)
+    schedule = timesteps(int(facts["num_steps"]), state[0].shape[1])
+    guidance = Guidance(
+        float(facts["guidance"]), rescale_above=1.0
+    )  # never: the recording's differences are as they are
+    return dit, Loop(forwards, schedule, guidance, variant("official-v1.0")), state
 
 
 def thresholds() -> list[str]:
@@ -156,23 +162,38 @@ def thresholds() -> list[str]:
 
 
 @pytest.mark.parametrize("name", thresholds())
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "sequential"])
 @torch.inference_mode()
-def test_golden_teacache_trajectory(name: str) -> None:
+def test_golden_teacache_trajectory(name: str, fused: bool, batched: bool) -> None:
     file = "teacache.safetensors"
     recorded = load_file(GOLDEN / file)
     with safe_open(GOLDEN / file, "pt") as opened:
         facts = opened.metadata()
-    run = TeaCacheRun(int(facts["num_steps"]), float(facts["guidance"]))
-    rule = plan.TeaCacheRule(threshold=float(name.removeprefix("thr")))
-    run.run(rule)
-    assert "".join("C" if one.compute else "." for one in run.made) == facts[name]
-    assert [one.compute for one in run.made] == recorded[f"{name}.should_calc"].bool().tolist()
-    worst(file, f"{name}.rel_l1", [(torch.tensor(run.changes), recorded[f"{name}.rel_l1"])])
-    accumulated = torch.tensor([one.accumulated for one in run.made])
-    error = (accumulated - recorded[f"{name}.accumulated"]).abs().max().item() / rule.threshold
+    dit, loop, state = loop_of(facts, fused=fused, batched=batched)
+    policy = Watched(rule=plan.TeaCacheRule(threshold=float(name.removeprefix("thr"))))
+    path: list[Tensor] = []
+    done = skip(dit, loop, state, Skipping(policy=policy, select=by_similarity((3, 4))), trail=path)
+    computed = [step.mode is plan.Mode.FULL for step in done.steps]
+    assert "".join("C" if one else "." for one in computed) == facts[name]
+    assert computed == recorded[f"{name}.should_calc"].bool().tolist()
+    changes, gathered = (torch.tensor([0.0, *column]) for column in zip(*policy.seen, strict=True))
+    worst(file, f"{name}.rel_l1", [(changes, recorded[f"{name}.rel_l1"])])
+    error = (gathered - recorded[f"{name}.accumulated"]).abs().max().item() / policy.rule.threshold
     print(f"golden {file} {name}.accumulated worst={error:.1e}")
     assert error <= BOUND
-    pairs = [(run.path[-1], recorded[f"{name}.final_tokens"])]
+    pairs = [(path[-1], recorded[f"{name}.final_tokens"])]
     if f"{name}.latents_after_step" in recorded:  # every third target token
-        pairs.append((torch.cat(run.path)[:, ::3], recorded[f"{name}.latents_after_step"]))
+        pairs.append((torch.cat(path)[:, ::3], recorded[f"{name}.latents_after_step"]))
     worst(file, f"{name}.latents_after_step, final_tokens", pairs)
+
+
+def test_golden_teacache_policy() -> None:
+    """The recorded decisions by the policy's own plan and veto."""
+    for case in read("teacache.json")["cases"]:
+        policy = TeaCache(rule=plan.TeaCacheRule(threshold=case["threshold"]))
+        steps, gathered = policy.plan(timesteps(len(case["rel_l1"]), 1024).tolist(), True), 0.0
+        for index, (planned, change) in enumerate(zip(steps, case["rel_l1"], strict=True)):
+            made, gathered = policy.decide(planned, gathered, change)
+            assert (made.mode is not plan.Mode.SKIP) == case["should_calc"][index]
+            assert gathered == pytest.approx(case["accumulated_after"][index], rel=1e-9)

@@ -78,3 +78,10 @@ def test_what_is_lost_and_what_is_flat() -> None:
     assert is_flat(picture)
     picture[1, 2, 3, 3] = -0.9
     assert not is_flat(picture)
+
+
+@pytest.mark.parametrize(("steps", "flat"), [(1.9, True), (2.1, False)])
+def test_a_picture_is_flat_below_two_steps_of_a_byte(steps: float, flat: bool) -> None:
+    picture = torch.zeros(1, 3, 2, 2)
+    picture[0, 1, 0, 1] = steps / 255
+    assert is_flat(picture) is flat

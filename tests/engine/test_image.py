@@ -1,6 +1,8 @@
 """Sizes, packing, position ids and pixels: properties, and the errors of sizes that do not work."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from step1x.engine.image import (
     unpack,
 )
 
+GOLDEN = Path(__file__).parent.parent / "golden"
 SIDES = st.integers(1, 20000)
 
 
@@ -188,3 +191,13 @@ def test_pixels_of_a_picture_that_fits_are_its_own() -> None:
     source = photograph(32, 16)
     for resize in ("bicubic", "lanczos", "bilinear-antialias"):
         torch.testing.assert_close(pixels(source, Canvas(32, 16), resize), to_tensor(source) * 2 - 1)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("level", [512, 768, 1024])
+def test_golden_sizes_of_the_release(level: int) -> None:
+    rows = json.loads((GOLDEN / "resize.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        wanted = row[f"official_{level}"]
+        if "error" not in wanted:
+            assert list(fit(row["w"], row["h"], level)) == wanted, (row["w"], row["h"])

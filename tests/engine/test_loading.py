@@ -25,10 +25,9 @@ def test_what_differs_from_the_profile() -> None:
     assert found == own.changed(changes)
 
 
-@pytest.mark.parametrize("cuda", [False, True])
-def test_the_default_is_by_what_is_there(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    assert wanted_profile(None, {}) == load_profile("bf16-80gb" if cuda else "cpu")
+def test_the_default_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert wanted_profile(None, {}) == wanted_profile("auto", {}) == load_profile("cpu")
 
 
 def test_keywords_of_load_are_all_listed() -> None:

@@ -55,3 +55,13 @@ def test_a_mask_too_thin_for_a_seam_shows_the_edit(box: tuple[int, int, int, int
     made = np.asarray(pasted(EDITED, SOURCE, mask))
     assert (made[mask] == np.asarray(EDITED)[mask]).all()
     assert (made[~mask] == np.asarray(SOURCE)[~mask]).all()
+
+
+def test_a_notch_in_a_mask_is_outside() -> None:
+    """The blurred mask fills a notch that is narrower than its seam; the picture's own pixels must not be."""
+    mask = marked(20, 10, 180, 90)
+    mask[10:60, 100:102] = False
+    mask[40, 60] = False
+    made = np.asarray(pasted(EDITED, SOURCE, mask))
+    assert np.array_equal(made[~mask], np.asarray(SOURCE)[~mask])
+    assert np.array_equal(made[70, 50:150], np.asarray(EDITED)[70, 50:150])

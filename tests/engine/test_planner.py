@@ -19,6 +19,7 @@ from step1x.engine.fused import Fused
 from step1x.engine.hollow import ModelSizes
 from step1x.engine.image import Canvas, image_ids
 from step1x.engine.planner import CONTEXT_BYTES, PHASES, Phase, Plan, check, plan
+from step1x.engine.qwen import going_on
 from step1x.profiles import Profile, Residency, load_profile, profile_names
 from step1x.quant.linear import swap
 from step1x.quant.schemes import stored_bytes
@@ -102,7 +103,7 @@ def test_denoise_peak_is_that_of_the_whole_model(size: int, scheme: str, batched
 def test_any_depth_has_the_peak_of_few_blocks(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     work = counted.Work(canvas=Canvas(1024, 1024), batch=1, steps=1, guided=True, rows=349)
     asked = sizes(), torch.bfloat16, "plain", work, counted.Runs(batched=True, kernels=kernels, multiple=1)
-    _, shallow = counted._step.__wrapped__(*asked)
+    _, shallow, _ = counted._step.__wrapped__(*asked)
     monkeypatch.setattr(counted, "DEPTH", 4)
     monkeypatch.setattr(counted, "DEPTH_SINGLE", 5)
     assert counted._step.__wrapped__(*asked)[1] == shallow
@@ -180,7 +181,7 @@ def test_without_a_gpu_there_is_one_memory() -> None:
     lies = Residency(folded="host", text="evict")
     found = plan(sizes(None), profile(device="cpu", residency=lies, host_memory_gb=1e-6))
     assert found.host == ()
-    assert not any(one.kind == "context" for one in phase(found, "load").items)
+    assert [one.name for one in phase(found, "load").items if one.kind == "context"] == ["Python and libraries"]
     assert (found.budget, found.fits) == (1000, False)
     with pytest.raises(InputError, match="no shipped profile and no size fits"):
         check(found)
@@ -213,15 +214,15 @@ def test_the_autoencoder_is_counted_as_fake_tensors_are(strip_pixels: int | None
             vae.encode(torch.empty(1, 3, canvas.height, canvas.width), torch.empty(latents))
         with Memory() as decoding:
             vae.decode(torch.empty(latents))
-    ours = counted._halves(VAE, torch.bfloat16, strip_pixels, canvas)
+    ours = counted._halves(VAE, torch.bfloat16, strip_pixels, canvas, False)
     assert ours == pytest.approx((encoding.peak, decoding.peak), rel=0.02)
 
 
 def test_strips_are_drawn_out_of_two_heights() -> None:
     canvas = Canvas(64, 256)
-    drawn = counted._vae(VAE, torch.bfloat16, 0, canvas)
-    assert drawn == pytest.approx(counted._halves(VAE, torch.bfloat16, 0, canvas), rel=1e-3)
-    assert sum(drawn) < 0.8 * sum(counted._vae(VAE, torch.bfloat16, 1 << 30, canvas))
+    drawn = counted._vae(VAE, torch.bfloat16, 0, canvas, False)
+    assert drawn == pytest.approx(counted._halves(VAE, torch.bfloat16, 0, canvas, False), rel=1e-3)
+    assert sum(drawn) < 0.8 * sum(counted._vae(VAE, torch.bfloat16, 1 << 30, canvas, False))
 
 
 def test_the_language_model_is_counted_as_fake_tensors_are() -> None:
@@ -235,7 +236,8 @@ def test_the_language_model_is_counted_as_fake_tensors_are() -> None:
         with Memory() as memory:
             embeds, cache = torch.empty(1, 100, 3584, dtype=torch.bfloat16), DynamicCache()
             positions = torch.zeros(3, 1, 100, dtype=torch.long)
-            qwen.language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+            words = going_on(qwen.language_model, cache)
+            qwen.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=True, **words)
     peak, kept = counted._read(json.dumps(values), torch.bfloat16, "fp8-weight", 100)
     assert peak == pytest.approx(memory.peak, rel=0.02)
     assert kept == pytest.approx(100 * 2 * (3584 + 3 * 2 * 512), rel=0.02)  # hidden states; keys, values of each layer
@@ -280,3 +282,37 @@ def test_json_is_plain() -> None:
     assert facts["peak_bytes"] == max(one["bytes"] for one in facts["phases"])
     assert [one["name"] for one in facts["phases"]] == list(PHASES)
     assert (facts["fits"], facts["budget_bytes"]) == (True, 18_000_000_000)
+
+
+def test_graphs_share_one_pool_that_stays() -> None:
+    """Captured steps: inputs of each graph in every phase after loading, a step's activations once."""
+    plain, captured = plan(sizes(), profile()), plan(sizes(), profile(compiled=True))
+    assert not any(one.kind == "graphs" for at in plain.phases for one in at.items)
+    inputs = item(captured, "denoise", "CUDA graphs")
+    work, config = captured.work, sizes().dit
+    branches = 2 * work.batch
+    # Of both branches: modulations (6 vectors for each of two streams, or 3), text, tokens with the velocity,
+    # and cosine and sine of every position in float32.
+    vectors = 12 * config.depth + 3 * config.depth_single + 2
+    text = branches * 640 * config.hidden_size
+    tokens = branches * (2 + 1 / 2) * work.canvas.tokens * config.in_channels
+    rotary = branches * (640 + 2 * work.canvas.tokens) * sum(config.rope_axes) // 2 * 2 * 4
+    bfloat16 = vectors * config.hidden_size * branches + text + tokens
+    assert inputs == pytest.approx(counted.GRAPHS * (2 * bfloat16 + rotary), rel=0.02)
+    step = item(captured, "denoise", "activations")
+    for name in ("encode_text", "encode_image", "prepare", "decode"):
+        assert item(captured, name, "CUDA graphs") == inputs + step
+    assert item(captured, "load", "CUDA graphs") == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": "cpu"},
+        {"backend": "aoti"},
+        {"residency": {"dit": "stream", "stream_blocks": 2}},
+    ],
+)
+def test_nothing_is_captured(changes: dict[str, Any]) -> None:
+    found = plan(sizes(None), profile(compiled=True, **changes), canvas=Canvas(64, 64))
+    assert not any(one.kind == "graphs" for at in found.phases for one in at.items)

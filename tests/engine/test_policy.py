@@ -613,3 +613,13 @@ def test_illegal_settings_are_refused(make: Any, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "post", "letters"), [(2, 3, "FFFssssssFFF"), (1, 1, "FFsssssssssF"), (0, 0, "Fsssssssssss")]
+)
+def test_the_first_and_last_steps_of_decay_compute(warmup: int, post: int, letters: str) -> None:
+    """Those up to `warmup`, and `post` of them, where the norm itself would let every step skip."""
+    levels = [1 - step / 12 for step in range(13)]
+    curve = NormCurve(levels=tuple(levels), norms=tuple(1 - 1e-6 * step for step in range(13)))
+    assert spelled(Decay(norms=curve, warmup=warmup, post=post).plan(levels, guided=False)) == letters

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from step1x.engine.errors import InputError
 from step1x.engine.image import Canvas
 from step1x.engine.picture import open_picture
 from step1x.engine.policy import Dense
-from step1x.engine.request import MAX_SEED, Defaults, Options, canvas_of, checked_seed, chosen
+from step1x.engine.request import MAX_SEED, Defaults, Noise, Options, canvas_of, checked_seed, chosen
 from step1x.engine.variants import VARIANTS
 from step1x.profiles import load_profile
 
@@ -67,3 +68,12 @@ def test_a_profile_says_how_edits_are_made(tmp_path: Path) -> None:
     assert Defaults.of(own.changed({"branches": "batched"})) == Defaults(branches="batched")
     assert Defaults.of(own.changed({"kv_dtype": "float8"})) == Defaults(eight_bit_keys=True)
     assert Defaults.of(load_profile("int4-12gb")) == Defaults(branches="sequential", eight_bit_keys=True)
+
+
+def test_noise_of_the_posterior_is_drawn_first() -> None:
+    """The order of the released pipelines: one generator, first the reference's posterior, then the latents (§5.2)."""
+    canvas, generator = Canvas(32, 48), torch.Generator().manual_seed(7)
+    drawn = Noise.draw(7, canvas, 16)
+    assert torch.equal(drawn.posterior, torch.randn(1, 16, 6, 4, generator=generator))
+    assert torch.equal(drawn.latents, torch.randn(1, 16, 6, 4, generator=generator))
+    assert not torch.equal(drawn.posterior, drawn.latents)

@@ -1,8 +1,11 @@
 """The loop by a plan (step-skipping.md §6.4 A): the dense one bit for bit, exact where it must be, no global state."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ from torch import Tensor
 from step1x.bench.counters import photograph
 from step1x.bench.counting import flop_counter
 from step1x.engine import Engine
-from step1x.engine.denoise import Guidance, Loop, Runner, branches, denoise, folded
+from step1x.engine.backends import Exported
+from step1x.engine.denoise import Guidance, Halves, Loop, Runner, branches, denoise, folded
 from step1x.engine.dit import DiT, Text
 from step1x.engine.errors import InputError
 from step1x.engine.fused import Fused
@@ -28,15 +32,18 @@ from step1x.engine.policy import (
     Region,
     StepMask,
     TeaCache,
+    Together,
     regione,
 )
 from step1x.engine.presets import MASKED, PRESETS
 from step1x.engine.schedule import timesteps
-from step1x.engine.selection import choose
-from step1x.engine.skipping import Done, Skipping, by_mask, by_similarity, skip
+from step1x.engine.selection import Selection, choose
+from step1x.engine.skipping import Done, Skipping, bucket, by_mask, by_similarity, skip
 from step1x.engine.text import Conditioning
 from step1x.engine.variants import VARIANTS, Variant
 from step1x.engine.work import Rows, flops
+from step1x.export.exported import runner_of
+from step1x.quant.linear import QuantizedLinear, quantise_layers
 from step1x.training.recipe import dit_config
 
 POLICIES: dict[str, Policy] = {
@@ -46,6 +53,17 @@ POLICIES: dict[str, Policy] = {
     "step-mask": StepMask(every=3),
     "interval": GuidanceInterval(low=0.2, high=0.8),
     "dense": Dense(),
+}
+RARELY = TeaCache(rule=replace(TeaCache().rule, threshold=1e9))  # computes the first and the last step alone
+OFTEN = TeaCache(rule=replace(TeaCache().rule, threshold=0.4))
+TEACACHES: dict[str, Policy] = {
+    "alone": OFTEN,
+    "regions": Together((Region(warmup=3, post=2, refreshes=()), OFTEN)),
+    "regions, rarely": Together((Region(warmup=3, post=2, refreshes=(6,)), RARELY)),
+    "frozen reference": Together((RefFreeze(first=2), OFTEN)),
+    "difference": Together((CfgReuse(first=2, every=4), OFTEN)),
+    "interval": Together((GuidanceInterval(low=0.2, high=0.8), OFTEN)),
+    "decay": Together((regione(), OFTEN)),
 }
 GRID = (6, 8)
 TARGET = GRID[0] * GRID[1]
@@ -77,7 +95,9 @@ def looped(
         groups if scale else groups[:1],
         image_ids(GRID, row.reference_ids),
         batched,
-        runner=Runner(fused.velocity, rows=fused.velocity),
+        runner=Runner(
+            fused.velocity, rows=fused.velocity, halves=Halves(fused.blocks, fused.blocks, fused.final_block)
+        ),
     )
     return Loop(forwards, timesteps(steps, 1024), Guidance(scale, row.rescale_above) if scale else None, row)
 
@@ -261,3 +281,137 @@ def test_eight_bit_keys_are_near() -> None:
         for eight_bit in (False, True)
     ]
     assert 0 < error(results[1].latents, results[0].latents) < 0.1
+
+
+def silenced(dit: DiT) -> DiT:
+    """Blocks that add nothing: their gates are shut, whatever the step."""
+    for name, parameter in dit.named_parameters():
+        if "img_mod." in name or "txt_mod." in name or ".modulation." in name:
+            parameter.zero_()
+    return dit
+
+
+@pytest.mark.parametrize("name", ["alone", "regions", "regions, rarely", "frozen reference"])
+@pytest.mark.parametrize("scale", [3.0, None])
+def test_a_residual_that_does_not_change_costs_nothing(name: str, scale: float | None) -> None:
+    """Skipped steps have their own rows and their own modulation of the final layer, so only the residual is old."""
+    row = ROWS[1]
+    dit = silenced(transformer(row))
+    loop = looped(dit, row, scale=scale)
+    policy = TEACACHES[name]
+    others = tuple(one for one in getattr(policy, "policies", ()) if not isinstance(one, TeaCache))
+    expected = skip(dit, loop, state(), by(Together(others), [3, 4, 11, 12, 40]))
+    done = skip(dit, loop, state(), by(policy, [3, 4, 11, 12, 40]))
+    assert "s" in spelled(done.steps)
+    assert error(done.latents, expected.latents) < 1e-12
+    velocities = skip(dit, loop, state(), by(StepMask(mask="100000000001")))
+    assert error(velocities.latents, denoise(dit, loop, state())) > 1e-3
+
+
+@pytest.mark.parametrize("name", TEACACHES)
+@pytest.mark.parametrize("first", [0, 3])
+def test_residuals_of_branches_one_by_one_and_of_batches_are_equal(name: str, first: int) -> None:
+    """Also where the schedule is a part of one (strength)."""
+    row = ROWS[2]
+    dit = transformer(row)
+    mask = torch.zeros(2, TARGET, dtype=torch.bool)
+    mask[0, :9], mask[1, 20:24] = True, True
+    made = []
+    for batched in (True, False):
+        loop = looped(dit, row, batch=2, batched=batched, steps=14)
+        loop = replace(loop, schedule=loop.schedule[first:])
+        made.append(skip(dit, loop, state(2), Skipping(policy=TEACACHES[name], select=by_mask(mask, GRID))))
+    assert error(made[1].latents, made[0].latents) < 1e-10
+    assert made[0].steps == made[1].steps
+    assert "s" in spelled(made[0].steps)
+    assert len(made[0].steps) == 14 - first
+
+
+def test_a_skip_by_a_residual_brings_no_block_and_costs_two_small_layers() -> None:
+    row = ROWS[1]
+    dit = transformer(row, torch.float32)
+    brought: list[object] = []
+
+    @contextmanager
+    def present(block: object) -> Iterator[None]:
+        brought.append(block)
+        yield
+
+    dit.present = present
+    loop = looped(dit, row)
+    width, blocks = dit.config.hidden_size, dit.config.depth + dit.config.depth_single
+    counts = []
+    for steps in (12, 11):
+        shorter = replace(loop, schedule=timesteps(12, 1024)[12 - steps :])
+        forwards = folded(dit, loop.forwards, [torch.ones(1)] * steps)
+        shorter = replace(shorter, forwards=forwards, algebra=replace(loop.algebra, fold=False))
+        with flop_counter() as counter:
+            done = skip(dit, shorter, state(dtype=torch.float32), by(RARELY))
+        assert spelled(done.steps) == "F" + "s" * (steps - 2) + "F"
+        assert len(brought) == 2 * blocks
+        brought.clear()
+        counts.append(counter.get_total_flops())
+    # The probe's and the step's own img_in of both rows of guidance, and the final layer.
+    assert counts[0] - counts[1] == 2 * 64 * width * TARGET * (2 + 2 + 2)
+
+
+def test_the_residual_with_eight_bits() -> None:
+    row = ROWS[1]
+    dit = transformer(row, torch.bfloat16)
+    quantise_layers(dit, "dit", "fp8")
+    assert any(isinstance(layer, QuantizedLinear) for layer in dit.modules())
+    loop, given = looped(dit, row), state(dtype=torch.bfloat16)
+    never = TeaCache(rule=replace(TeaCache().rule, threshold=0.0))
+    assert torch.equal(skip(dit, loop, given, by(never)).latents, denoise(dit, loop, given))
+    kept = replace(by(TEACACHES["frozen reference"]), eight_bit=True)
+    wide = skip(dit, loop, given, by(TEACACHES["frozen reference"]))
+    assert "s" in spelled(wide.steps)
+    assert 0 < error(skip(dit, loop, given, kept).latents, wide.latents) < 0.1
+
+
+def test_an_exported_engine_refuses_teacache() -> None:
+    row = ROWS[1]
+    dit = transformer(row)
+    loop = looped(dit, row)
+    exported = [replace(branch, runner=runner_of(cast("Exported", None), None)) for branch in loop.forwards]
+    for policy in (OFTEN, TEACACHES["decay"]):
+        with pytest.raises(InputError, match=r"exported engine .* use --backend torch"):
+            skip(dit, replace(loop, forwards=exported), state(), by(policy))
+
+
+def test_an_edit_by_teacache() -> None:
+    engine = Engine.load(device="cpu", cache=False)
+    result = engine.edit(
+        photograph(64, 64), "make it darker", seed=1, size=64, steps=8, guidance=2.0, policy=TEACACHES["alone"]
+    )
+    assert "s" in str(result.metadata["plan"])
+
+
+def test_buckets_are_a_sixteenth_but_not_too_small() -> None:
+    assert [bucket(grid) for grid in ((64, 64), (32, 48), (16, 16), (8, 8), (1, 1))] == [256, 96, 16, 16, 16]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_region_is_told_by_the_end_that_a_step_points_to(row: Variant) -> None:
+    """What is compared with the reference is the latents at level 0, were the step one of the whole way."""
+    dit = transformer(row)
+    seen: list[Tensor] = []
+
+    def select(estimate: Tensor, reference: Tensor) -> Selection:
+        seen.append(estimate)
+        return SELECT(estimate, reference)
+
+    loop = looped(dit, row)
+    done = skip(dit, loop, state(), Skipping(policy=regione(), select=select))
+    at = next(index for index, step in enumerate(done.steps) if step.jump is not None)
+    to_the_end = torch.cat((loop.schedule[: at + 1], torch.zeros(1)))
+    expected = denoise(dit, replace(loop, schedule=to_the_end), state())
+    assert len(seen) == 1
+    assert error(seen[0], expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("grid", "tokens"), [((64, 64), 256), ((48, 64), 192), ((32, 32), 64), ((8, 8), 16), ((4, 6), 16)]
+)
+def test_a_bucket_is_a_sixteenth_of_the_picture(grid: tuple[int, int], tokens: int) -> None:
+    assert bucket(grid) == tokens

@@ -148,6 +148,8 @@ def test_other_bytes_of_one_size_are_seen_by_hash(place: Path) -> None:
     (place / "a.safetensors").write_bytes(b"Tensors")
     assert not store.faults(place, manifest)
     assert list(store.faults(place, manifest, hashes=True)) == ["a.safetensors"]
+    (place / "processor" / "b.json").write_bytes(b"[]")  # all but tensors are small, and always hashed
+    assert list(store.faults(place, manifest)) == ["processor/b.json"]
 
 
 @pytest.mark.parametrize("name", ["", "a.safetensors", MANIFEST, "processor", "processor/b.json", "compiled"])

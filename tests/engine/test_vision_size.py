@@ -99,3 +99,13 @@ def test_sides_are_multiples_and_never_zero(width: int, height: int, factor: int
     for side in pre_size(width, height, factor):
         assert side >= factor
         assert side % factor == 0
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_longest_strip_is_taken_and_the_next_refused(turned: bool) -> None:
+    longest, beyond = (20000, 100), (20001, 100)
+    if turned:
+        longest, beyond = longest[::-1], beyond[::-1]
+    assert min(processor_size(*longest, FACTOR, MIN_PIXELS, 324 * FACTOR**2)) == FACTOR
+    with pytest.raises(InputError, match="at most 200 times the other"):
+        processor_size(*beyond, FACTOR, MIN_PIXELS, 324 * FACTOR**2)

@@ -88,29 +88,48 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def unspecialised(kernel: Any) -> set[str]:
+    """Arguments of a kernel, interpreted or not, whose values make no difference to what is compiled."""
+    return {*((kernel.kwargs["do_not_specialize"] if hasattr(kernel, "kwargs") else kernel.do_not_specialize) or ())}
+
+
 class Launched:
     """What launches ask for: (signature, constants, warps) each."""
 
-    NAMES: ClassVar = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv"}
+    NAMES: ClassVar = {
+        torch.bfloat16: "*bf16",
+        torch.float32: "*fp32",
+        torch.float8_e4m3fn: "*fp8e4nv",
+        torch.int64: "*i64",
+        int: "i32",
+        float: "fp32",
+    }
 
     def __init__(self) -> None:
         self.seen: list[tuple[dict[str, str], dict[str, Any], int]] = []
 
     def record(self, kernel: Any, *given: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
         arguments = dict(zip(kernel.arg_names, given, strict=False))
-        assert all(value % 16 == 0 for value in arguments.values() if isinstance(value, int))
+        for name in set(arguments) - unspecialised(kernel):
+            number = arguments[name]
+            number = number.data_ptr() if isinstance(number, torch.Tensor) else number
+            assert not isinstance(number, int) or number % 16 == 0, f"{kernel.__name__} is compiled anew for {name}"
+        for option in ("num_stages", "enable_fp_fusion"):
+            constants.pop(option, None)
         constants |= {name: None for name, value in arguments.items() if value is None}
         signature = {
-            name: self.NAMES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            name: self.NAMES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
             for name, value in arguments.items()
             if value is not None
         }
         self.seen.append((signature, constants, num_warps))
 
     def described(self, compilations: Iterable[Compilation]) -> list[tuple[dict[str, str], dict[str, Any], int]]:
-        """The same of what is compiled ahead of time, where every stride must count as aligned."""
+        """The same of what is compiled ahead of time, where every integer is aligned or makes no difference."""
         compiled = list(compilations)
-        assert all(set(one.aligned) == {n for n, kind in one.signature.items() if kind == "i32"} for one in compiled)
+        for one in compiled:
+            integers = {name for name, kind in one.signature.items() if kind == "i32"}
+            assert integers <= one.aligned | unspecialised(one.kernel)
         return [(dict(one.signature), dict(one.constants), one.num_warps) for one in compiled]
 
 

@@ -69,6 +69,25 @@ def test_a_spill_and_a_kernel_too_large_are_faults(tmp_path):
     ]
 
 
+APART = """
+import planted
+from dataclasses import replace
+from step1x.kernels import aot
+one = next(planted.compilations(90))
+try:
+    aot.compile_ahead(replace(one, aligned=frozenset()), 90)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_an_argument_that_a_launch_compiles_anew_for_is_refused(tmp_path):
+    """A count of rows would make one kernel of 1, one of multiples of 16 and one of the rest, two never seen."""
+    done = compiler("-c", APART, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("_scale_rows_kernel: a launch compiles width anew for 1 and multiples of 16")
+
+
 def test_the_interpreter_cannot_compile(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     result = CliRunner().invoke(main)

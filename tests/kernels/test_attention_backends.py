@@ -1,7 +1,7 @@
 """Attention by other backends: biases merged exactly, the adapters' layouts, names and what is available."""
 
 import sys
-from functools import partial
+from itertools import product
 from math import log
 from types import ModuleType
 from typing import Any
@@ -12,9 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from step1x.bench.counting import Launches
 from step1x.kernels import attention_backends as module
-from step1x.kernels.attention import attention_lse_reference, attention_reference
-from step1x.kernels.attention_backends import available, choose, flash3_lse, merged, sage_lse, torch_lse
+from step1x.kernels.attention import attention_lse_reference, attention_op, attention_reference
+from step1x.kernels.attention_backends import (
+    automatic_name,
+    available,
+    checked_by,
+    choose,
+    flash3_lse,
+    merged,
+    merged_op,
+    sage_lse,
+    torch_lse,
+)
 from step1x.kernels.attention_fp8 import attention_fp8
 
 CPU = torch.device("cpu")
@@ -97,6 +108,41 @@ def test_adapters(package: str, function: Any, with_lse: Any, monkeypatch: pytes
     torch.testing.assert_close(out, attention_reference(q, k, v, bias), rtol=1e-12, atol=1e-12)
 
 
+# Which of PyTorch's kernels gives the log-sum-exp: cuDNN's where it has one of its own for the chip.
+LIBRARIES = {80: "flash", 86: "flash", 89: "flash", 90: "cudnn", 100: "cudnn", 103: "cudnn", 120: "flash", 121: "flash"}
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("chip", "library"), LIBRARIES.items())
+def test_the_library_of_a_chip(chip: int, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str]:
+        called.append("flash")
+        return q, q[..., 0], "what is not used"
+
+    def cudnn(q: Tensor, k: Tensor, v: Tensor, bias: None, with_lse: bool) -> tuple[Tensor, Tensor, str]:
+        assert with_lse
+        called.append("cudnn")
+        return q, q[..., :1], "what is not used"
+
+    monkeypatch.setattr(module, "capability", lambda device: chip)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash, raising=False)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn, raising=False)
+    q = torch.zeros(2, 3, 5, 16).as_subclass(OnGpu)
+    out, lse = torch_lse(q, q, q)
+    assert called == [library]
+    assert out is q
+    assert lse.shape == (2, 3, 5)
+
+
 @pytest.mark.parametrize("name", ["auto", "sdpa", "merged"])
 def test_chosen_on_cpu(name: str) -> None:
     q, k, v = qkv(9, 11, torch.float64)
@@ -132,14 +178,73 @@ def test_available_on(chip: int, names: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_fp8_is_chosen_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available", lambda device: ("sdpa", "fp8"))
     assert choose("fp8", CPU) is attention_fp8
-    assert choose("auto", CPU) is module.sdpa
+    assert automatic_name(CPU, slice(2, 4)) == "sdpa"
     assert not {"fp8", "sage"} & set(module.MEASURED.values())  # not exact
 
 
-def test_auto_follows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.MEASURED, "cpu", "merged")
-    chosen = choose("auto", CPU)
-    assert isinstance(chosen, partial)
-    assert chosen.func is merged
-    monkeypatch.setitem(module.MEASURED, "cpu", "flash3")  # not there: PyTorch's own choice
-    assert choose("auto", CPU) is module.sdpa
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def chip(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes device 0 a GPU of a compute capability, of which PyTorch's name is "A card"."""
+
+    def make(found: int) -> None:
+        monkeypatch.setattr(module, "capability", lambda device: found if device.type == "cuda" else 0)
+        monkeypatch.setattr(module, "runs_kernels", lambda index: found >= 80)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    return make
+
+
+def test_auto_is_merged_where_the_biased_keys_are_known(chip: Any) -> None:
+    for found in (80, 86, 89, 90, 100, 120):
+        chip(found)
+        assert automatic_name(GPU, slice(4, 6)) == "merged"
+        assert automatic_name(GPU, None) == "sdpa", "any key may carry one"
+        assert checked_by("auto", GPU, slice(4, 6)) is merged_op
+    chip(75)
+    assert automatic_name(GPU, slice(4, 6)) == "sdpa"
+    assert checked_by("auto", GPU, slice(4, 6)) is None
+    assert automatic_name(CPU, slice(4, 6)) == "sdpa"
+
+
+def test_auto_follows_what_was_measured(chip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chip(90)
+    monkeypatch.setitem(module.MEASURED, "A card", "triton")
+    assert automatic_name(GPU, slice(4, 6)) == automatic_name(GPU, None) == "triton"
+    assert checked_by("auto", GPU, slice(4, 6)) is attention_op
+    monkeypatch.setitem(module.MEASURED, "A card", "flash3")  # not there
+    monkeypatch.setattr(module, "find_spec", lambda package: None)
+    assert automatic_name(GPU, slice(4, 6)) == "merged"
+
+
+def test_auto_asks_the_library_only_where_there_is_a_bias(chip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for dtypes that it does not take."""
+    chip(90)
+    asked = []
+
+    def with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(q.dtype)
+        return torch_lse(*(x.as_subclass(Tensor) for x in (q, k, v)))
+
+    monkeypatch.setattr(module, "torch_lse", with_lse)
+    monkeypatch.setattr(module, "sdpa", lambda q, k, v, bias: "sdpa")
+    attend = choose("auto", GPU, slice(4, 6))
+    bias = counts(11, slice(4, 6)).float()
+    for dtype, with_bias in product((torch.bfloat16, torch.float32, torch.float64), (True, False)):
+        q, k, v = (x.as_subclass(OnGpu) for x in qkv(9, 11, dtype))
+        found = attend(q, k, v, bias if with_bias else None)
+        assert isinstance(found, str) != (with_bias and dtype == torch.bfloat16)
+    assert asked == [torch.bfloat16]
+
+
+def test_merged_takes_two_launches() -> None:
+    """On a GPU, where an operation of ours is one; q, k and v as the engine has them."""
+    (q, k, v), bias = qkv(9, 11, torch.float32), counts(11, slice(4, 6)).float()
+    with Launches() as launches:
+        merged(slice(4, 6), torch_lse, q, k, v, bias)
+    assert dict(launches.operators) == {
+        "aten._scaled_dot_product_flash_attention_for_cpu.default": 1,
+        "step1x.merge_biased.default": 1,
+    }

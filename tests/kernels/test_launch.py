@@ -2,13 +2,26 @@
 
 import itertools
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from step1x.kernels import launch
-from step1x.kernels.launch import CHIPS, OLDEST, Op, capability, define, nearest, runs_kernels
+from step1x.kernels.launch import (
+    CHIPS,
+    OLDEST,
+    Op,
+    adjacent,
+    assumed,
+    assuming,
+    by_default,
+    capability,
+    define,
+    lacking,
+    nearest,
+)
 
 CPU = torch.device("cpu")
 numbers = itertools.count()
@@ -36,10 +49,10 @@ def gpu(monkeypatch):
 
     def make(found: int) -> None:
         monkeypatch.setattr(launch, "capability", lambda _: found)
-        runs_kernels.cache_clear()
 
+    launch._say_once.cache_clear()
     yield make
-    runs_kernels.cache_clear()
+    launch._say_once.cache_clear()
 
 
 def test_nearest_is_not_newer():
@@ -83,7 +96,7 @@ def test_an_old_gpu_takes_the_reference_and_says_so_once(op, gpu, caplog):
     gpu(75)
     assert on_cuda(op) == on_cuda(op) == REFERENCE
     assert [(one.levelno, one.getMessage()) for one in caplog.records] == [
-        (logging.WARNING, "GPU 0 (sm_75) is older than sm_80: it uses the reference operations")
+        (logging.WARNING, "GPU 0 uses the reference operations, which are slower: sm_75 is older than sm_80")
     ]
 
 
@@ -92,9 +105,68 @@ def test_without_triton_the_reference_is_taken(op, gpu, monkeypatch, caplog):
     monkeypatch.setattr(launch, "triton", None)
     assert on_cuda(op) == on_cuda(op) == REFERENCE
     assert [(one.levelno, one.getMessage()) for one in caplog.records] == [
-        (logging.WARNING, "Triton is not installed: GPU 0 uses the reference operations, which are slower")
+        (logging.WARNING, "GPU 0 uses the reference operations, which are slower: Triton is not installed")
     ]
     assert launch.jit(reference) is reference
+
+
+def test_kernels_are_on_by_default_but_for_the_exceptions(op, gpu, monkeypatch):
+    assert launch.EXCEPTIONS == {}, "none was measured"
+    assert not by_default(op, CPU)
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "EXCEPTIONS", {80: frozenset({op.name}), 90: frozenset({"another"})})
+    found = {}
+    for chip in (70, 75, 80, 86, 89, 90, 100, 120):
+        gpu(chip)
+        found[chip] = by_default(op, device)
+    assert found == {70: False, 75: False, 80: False, 86: False, 89: True, 90: True, 100: True, 120: True}
+
+
+def test_fp8_needs_a_chip_that_has_it(gpu):
+    fp8 = define(f"test_launch_{next(numbers)}", reference, kernel, torch.empty_like, lambda *_: [], fp8=True)
+    for chip, runs in ((80, False), (86, False), (89, True), (120, True)):
+        gpu(chip)
+        assert on_cuda(fp8) == (KERNEL if runs else REFERENCE), chip
+        assert lacking(torch.device("cuda", 0), fp8) == ("" if runs else f"sm_{chip} has no e4m3")
+
+
+def test_a_chip_can_be_assumed(monkeypatch, op):
+    monkeypatch.setattr(launch, "triton", None)
+    device = torch.device("cuda", 0)
+    with assumed(90):
+        assert (capability(device), capability(CPU), assuming()) == (90, 0, True)
+        assert by_default(op, device)
+        with assumed(75):
+            assert not by_default(op, device)
+    assert not assuming()
+
+
+def strided(*strides: int, first: int = 0, width: int = 32) -> Tensor:
+    return torch.zeros(4096).as_strided((2, 3, width), strides, first)
+
+
+@pytest.mark.parametrize(
+    ("x", "kept"),
+    [
+        (strided(160, 48, 1), True),
+        (strided(0, 48, 1), True),
+        (strided(160, 48, 1, first=4), True),
+        (strided(160, 48, 1, first=1), False),
+        (strided(160, 40, 1), False),
+        (strided(1, 48, 1), False),
+        (strided(160, 2, 2), False),
+        (strided(161, 49, 1, first=1, width=31), True),
+        (strided(161, 2, 2, width=31), False),
+    ],
+)
+def test_what_a_kernel_reads_is_aligned(x: Tensor, kept: bool) -> None:
+    """Rows of a model's widths; others are never aligned, and are read as they lie."""
+    found: Any = adjacent(x)
+    assert (found is x) == kept
+    assert torch.equal(found, x)
+    assert found.stride(-1) == 1
+    if x.shape[-1] % 16 == 0:
+        assert all(number % 16 == 0 for number in (found.data_ptr(), *found.stride()[:-1]))
 
 
 def test_an_op_is_registered_whole(op):

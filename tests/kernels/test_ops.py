@@ -9,19 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from step1x.bench.battery_kernels import our_kernels, poisoned, relative_errors, tensors
+from step1x.bench.battery_kernels import our_kernels, poisoned
+from step1x.kernels.checks import tensors, tolerance, worst_row
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = {op.name: op for op in our_kernels()}
-# Relative error of a row against the reference in the same dtype: sums in another order, and a last bit now and then.
-BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float8_e4m3fn: 2**-4}
-# Of operations that round to e4m3 on the way: what lies halfway between two values may go to either.
-ROUNDING = {"attention_fp8": 2**-7}
-
-
-def worst_row(out: Tensor, expected: Tensor) -> float:
-    """The relative error of the worst row (last axis), so that large rows do not hide small ones."""
-    return max(relative_errors(out, expected, -1).flatten().tolist(), default=0)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -47,7 +39,7 @@ def test_kernel_agrees_with_the_reference(name, dtype):
             if not isinstance(out, Tensor):
                 continue
             assert (out.shape, out.stride(), out.dtype) == (exact.shape, exact.stride(), exact.dtype)
-            assert worst_row(out, exact) <= max(BOUND[dtype], BOUND.get(out.dtype, 0), ROUNDING.get(name, 0))
+            assert worst_row(out, exact) <= tolerance(OPS[name], dtype, out.dtype)
 
 
 def test_without_triton():

@@ -18,6 +18,8 @@ from step1x.kernels.qk_norm_rope import (
     qk_norm_rope_scatter_op,
     qk_norm_rope_scatter_reference,
     qk_norm_rope_scatter_triton,
+    qk_norm_rope_single_op,
+    qk_norm_rope_single_reference,
     qk_norm_rope_triton,
 )
 
@@ -236,3 +238,29 @@ def test_kernel_refuses_float64() -> None:
     arguments = (one.double() if isinstance(one, Tensor) else one for one in arguments_with()[:7])
     with pytest.raises(ValueError, match="float64 is for the reference"):
         qk_norm_rope_triton(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE, DOUBLE])
+def test_one_stream_alone_is_the_same(dtype: torch.dtype) -> None:
+    """Bit for bit what `qk_norm_rope` makes of q and k; v is where the product left it."""
+    for image, _, scales, _, cos, sin, heads in qk_norm_rope_op.examples(CPU, dtype):
+        first = cos.shape[2] - image.shape[1]
+        tables, both = (cos[:, :, first:], sin[:, :, first:]), image.shape[2] // 3 * 2
+        q, k, v = qk_norm_rope_reference(image, None, scales, None, *tables, heads)
+        found = qk_norm_rope_single_reference(image[..., :both], scales, *tables, heads)
+        assert all(map(torch.equal, found, (q, k)))
+        assert torch.equal(image[..., both:].unflatten(-1, (heads, -1)).transpose(1, 2), v)
+        if dtype != DOUBLE:
+            for one, expected in zip(
+                qk_norm_rope_single_op.kernel(image[..., :both], scales, *tables, heads), (q, k), strict=True
+            ):
+                assert_same(one, expected)
+
+
+def test_rows_of_one_stream_hold_q_and_k() -> None:
+    rows, table = torch.zeros(1, 4, 3 * 32), torch.zeros(1, 1, 4, 8)
+    for run in (qk_norm_rope_single_reference, qk_norm_rope_single_op.kernel):
+        with pytest.raises(ValueError, match=r"must be \(batch, tokens, 2 \* 2 heads \* even\), got \(1, 4, 97\)"):
+            run(torch.zeros(1, 4, 97), torch.zeros(2, 16), table, table, 2)
+        with pytest.raises(ValueError, match="image_scales must be"):
+            run(rows, torch.zeros(2, 16), table, table, 2)

@@ -5,7 +5,7 @@ import os
 import pytest
 from pydantic import ValidationError
 
-from step1x.profiles import Profile, default_profile, load_profile, profile_for, profile_names
+from step1x.profiles import Profile, load_profile, profile_names
 
 GOOD = 'description = "x"\ndevice = "cpu"\ndtype = "float32"\nvae_dtype = "float32"\n'
 
@@ -19,27 +19,6 @@ def test_what_ships():
     for name in profile_names():
         assert load_profile(name).name == name
         assert load_profile(name).description
-
-
-def test_the_default_follows_the_device():
-    assert default_profile(cuda=False) == "cpu"
-    assert default_profile(cuda=True) == "bf16-80gb"
-
-
-@pytest.mark.parametrize(
-    ("memory_gb", "capability", "name"),
-    [
-        (85.0, 9.0, "bf16-80gb"),  # H100
-        (48.3, 8.9, "fp8-24gb"),  # L40S
-        (25.4, 8.9, "fp8-24gb"),  # RTX 4090
-        (25.4, 8.6, "int8-24gb"),  # RTX 3090
-        (20.9, 8.9, "fp8-18gb"),  # RTX 4000 Ada
-        (16.9, 8.6, "int4-12gb"),
-        (8.4, 8.6, "int4-12gb"),
-    ],
-)
-def test_the_profile_of_a_card(memory_gb, capability, name):
-    assert profile_for(memory_gb, capability) == name
 
 
 def test_a_profile_is_frozen():

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from step1x.engine.tokens import HEADER, PICTURE
+from step1x.engine.folder import BUNDLED
+from step1x.engine.qwen import load_tokenizer
+from step1x.engine.tokens import HEADER, PICTURE, TAIL
 from step1x.engine.variants import PREFIX_V1, PREFIX_V12
 from step1x.training.tokenizer import (
     SPECIAL_TOKENS,
@@ -116,6 +119,7 @@ def test_saved_model_loads_with_transformers(tmp_path: Path) -> None:
     model = small_text_model(TOKENIZER, **SIZES).to(torch.bfloat16)
     save_text_model(model, TOKENIZER, tmp_path / "text_encoder", tmp_path / "processor", min_pixels=9, max_pixels=99)
     assert sorted(path.name for path in tmp_path.glob("*/*")) == [
+        "chat_template.jinja",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -135,3 +139,36 @@ def test_saved_model_loads_with_transformers(tmp_path: Path) -> None:
     assert loaded.dtype == torch.bfloat16
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_the_folder_reads_the_same_in_both_spellings(tmp_path: Path, bundled: bool) -> None:
+    """Of transformers 4 (`additional_special_tokens`, `rope_theta`, `rope_scaling`) and 5; also what is committed."""
+    root = BUNDLED
+    if not bundled:
+        root = tmp_path
+        model = small_text_model(TOKENIZER, **SIZES)
+        save_text_model(model, TOKENIZER, root / "text_encoder", root / "processor", min_pixels=9, max_pixels=99)
+    written = json.loads((root / "processor" / "tokenizer_config.json").read_text())
+    assert written["additional_special_tokens"] == list(SPECIAL_TOKENS[1:])
+    assert "extra_special_tokens" not in written
+    text = json.loads((root / "text_encoder" / "config.json").read_text())["text_config"]
+    assert {**text["rope_scaling"], "rope_theta": text["rope_theta"]} == text["rope_parameters"]
+
+    config = AutoConfig.from_pretrained(str(root / "text_encoder"), local_files_only=True)
+    found = config.text_config.rope_parameters
+    assert (found["rope_theta"], found["mrope_section"]) == (1e6, text["rope_scaling"]["mrope_section"])
+    assert config.text_config.hidden_size == text["hidden_size"]
+    tokenizer = AutoTokenizer.from_pretrained(str(root / "processor"), local_files_only=True)
+    assert len(tokenizer) == config.text_config.vocab_size
+    assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS)
+    assert tokenizer("<|image_pad|>").input_ids == [config.image_token_id]
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Picture 1: "}, {"type": "image"}]}]
+    assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == HEADER + PICTURE + TAIL
+
+    written["extra_special_tokens"] = written.pop("additional_special_tokens")  # as it was written before
+    old = tmp_path / "old"
+    shutil.copytree(root / "processor", old)
+    (old / "tokenizer_config.json").write_text(json.dumps(written))
+    sentence = "<|im_start|>make “it” black, 把图片<|vision_start|><|image_pad|><|vision_end|>!"
+    assert load_tokenizer(old)(sentence).input_ids == load_tokenizer(root / "processor")(sentence).input_ids
