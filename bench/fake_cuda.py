@@ -72,6 +72,7 @@ class FakeCuda(Pretend):
         self.memory = FakeMemory([card.total_memory for card in cards])
         self._mode = ""  # of the capture that is under way
         self._capturing_thread = 0
+        self._capture_stream: FakeStream | None = None
         self._thread = _Thread()
         self._lock = threading.RLock()
         self.stream_type = type("Stream", (FakeStream,), {"machine": self})
@@ -290,8 +291,13 @@ class FakeCuda(Pretend):
         stream: FakeStream | None = None,
         capture_error_mode: str = "global",
     ) -> Iterator[None]:
-        """Stands in for torch.cuda.graph. After an error the capture stream stays current, as with torch's."""
+        """Stands in for torch.cuda.graph, with two traps of torch's: after an error the capture's stream stays current,
+        and the stream of captures that are given none was made once, on the device that was current then.
+        """
         index, before = self._thread.device, self.current_stream()
+        if stream is None:
+            self._capture_stream = stream = self._capture_stream or self.stream_type()
+        beside = self.current_stream(stream.device)
         self.synchronized(before)
         self.empty_cache()
         with self._lock:
@@ -300,7 +306,7 @@ class FakeCuda(Pretend):
             self._mode, self._capturing_thread = capture_error_mode, threading.get_ident()
         graph._pool = pool if pool is not None else object()
         self.record("capture_begin", before.device, about=(graph._pool, capture_error_mode))
-        self._thread.streams[index] = stream or self.stream_type()
+        self.set_stream(stream)
         self._thread.capturing = graph
         try:
             yield
@@ -311,7 +317,7 @@ class FakeCuda(Pretend):
         finally:
             self._mode, self._thread.capturing = "", None
             self.record("capture_end", before.device, about=len(graph.steps))
-        self._thread.streams[index] = before
+        self._thread.device, self._thread.streams[stream.device.index] = index, beside
 
     def replayed(self, graph: FakeGraph) -> None:
         """The captured operators again, on what their operands hold now."""

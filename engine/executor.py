@@ -214,6 +214,7 @@ class Graphs:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def capture(self, run: Callable[..., Tensor], given: Sequence[Tensor], like: Step, *rest: Any) -> Captured:
         """A graph of `run`, which ran before: it is compiled, and libraries have chosen and reserved.
@@ -221,13 +222,15 @@ class Graphs:
         given: the leaves of its arguments, `like` their step; rest: what follows them, read where it is. Raises
         OutOfMemoryError, also for what a capture makes of it.
         """
-        current = torch.cuda.current_stream(given[0].device)
+        device = given[0].device
+        current = torch.cuda.current_stream(device)
         place = [torch.empty_like(one, memory_format=torch.contiguous_format).copy_(one) for one in given]
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream(device)  # torch's own is of the first device that captured
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads encode and decode meanwhile: what they reserve must not end the capture.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                 out = run(*assembled(place, like), *rest)
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own

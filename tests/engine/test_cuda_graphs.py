@@ -93,6 +93,21 @@ def test_all_graphs_share_one_pool_and_captures_mind_their_own_thread(machine: F
     assert len(run._captured) == GRAPHS, "the oldest are given back"
 
 
+def test_two_devices_capture_in_one_process(small_dit: Callable[..., DiT], step_arguments: Arguments) -> None:
+    """The stream that torch captures on by itself is of the device that captured first."""
+    with FakeCuda(CARDS["H100"], CARDS["H100"]) as machine:
+        for index in range(2):
+            dit, place = small_dit(dtype=torch.float32), torch.device("cuda", index)
+            given = step_arguments(dit)
+            there = assembled([one.to(place) for one in leaves(*given)], given[1])
+            dit.to(place)
+            with torch.cuda.device(place):
+                made = Replay(Fused(dit).velocity)(*there, COUNT)
+                assert torch.equal(made, Fused(dit).velocity(*there, COUNT))
+                assert torch.cuda.current_device() == index
+    assert [call.device for call in machine.named("replay")] == ["cuda:0", "cuda:1"]
+
+
 @pytest.mark.parametrize("at", [1, 40])
 def test_running_out_in_a_capture_is_running_out(machine: FakeCuda, there: There, at: int) -> None:
     """Also where torch reports it as an error of the capture; what was current before is current again."""
