@@ -70,6 +70,7 @@ class FakeCuda(Pretend):
         self.calls: list[Call] = []
         self.order = Order()
         self.memory = FakeMemory([card.total_memory for card in cards])
+        self._refusal = 0  # of the last call that was refused, until a launch has been told
         self._mode = ""  # of the capture that is under way
         self._capturing_thread = 0
         self._capture_stream: FakeStream | None = None
@@ -157,7 +158,7 @@ class FakeCuda(Pretend):
         self.record("set_per_process_memory_fraction", torch.device("cuda", index), about=fraction)
 
     def register(self, address: int, size: int, flags: int) -> int:
-        code = self.memory.register(address, size, flags)
+        code = self._refusal = self.memory.register(address, size, flags)
         self.record("host_register", torch.device("cuda", self._thread.device), about=(size, code))
         return code
 
@@ -228,6 +229,9 @@ class FakeCuda(Pretend):
         operands = tensors((args, kwargs))
         device = next((found for found in map(self.device_of, operands) if found is not None), None)
         if device is not None:
+            if self._refusal:
+                code, self._refusal = self._refusal, 0
+                raise torch.AcceleratorError(f"CUDA error {code} of an earlier call")
             self.check(func, operands)
             self._checked(func, args, kwargs, device)
         with self._quietly():

@@ -9,7 +9,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -109,6 +109,8 @@ def pinned(size: int) -> Tensor:
         torch.cuda.check_error(cuda.cudaHostRegister(host.data_ptr(), whole, 0))
     except RuntimeError as error:
         log.warning("host memory is not pinned, copies to the GPU are slower: %s", error)
+        with suppress(RuntimeError):  # CUDA remembers the refusal and tells the next launch of it: this one
+            torch.empty(1, device="cuda").zero_()
     else:
         finalize(host.untyped_storage(), cuda.cudaHostUnregister, host.data_ptr())
     return host[:size]

@@ -52,7 +52,12 @@ def test_host_memory_is_registered_by_whole_pages_and_once() -> None:
         assert (unregister(PAGE + 8), unregister(PAGE + 8)) == (0, NOT_REGISTERED)
         with pytest.raises(RuntimeError, match="712"):
             torch.cuda.check_error(ALREADY_REGISTERED)
-    assert [call.about[1] for call in machine.named("host_register")] == [0, ALREADY_REGISTERED, 0]
+        register(2 * PAGE, 16, 0)
+        there = torch.ones(1, device=FIRST)
+        with pytest.raises(RuntimeError, match="712 of an earlier call"):
+            there + 1
+        assert (there + 1).tolist() == [2.0], "one launch is told, no other"
+    assert [call.about[1] for call in machine.named("host_register")] == [0, ALREADY_REGISTERED, 0, ALREADY_REGISTERED]
 
 
 def test_memory_is_counted_capped_and_given_back() -> None:

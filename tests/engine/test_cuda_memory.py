@@ -84,6 +84,8 @@ def test_what_cuda_will_not_register_serves_unpinned(
         Packed(block)
     assert torch.equal(block.weight, before)
     assert "not pinned" in caplog.text
+    there = torch.ones(2, device=PLACE)
+    assert (there + there).tolist() == [2.0, 2.0], "no launch is told of the refusal"
     assert not machine.memory.registered
 
 
