@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SIZES = (512, 768, 1024)
 STEPS, BRANCHES = 28, 2
-RATE = 790e12  # FLOP/s of large bf16 products that an H200 reaches (../shared/reference/performance.md §B)
+RATE = 790e12  # FLOP/s of large bf16 products that an H200 reaches: an estimate, 0.8 of its dense peak of 989
 NOT_YET = "not measured yet"
 OURS = {  # modes of the battery's part `dit`, as the page calls them
     "plain": "plain",
